@@ -1,0 +1,458 @@
+"""EMPO²: Exploratory Memory-Augmented On- and Off-Policy Optimization (arXiv 2602.23008), in the paper's order:
+settings, rolling out in two modes, writing tips, intrinsic reward and advantages, update modes, loss, update.
+This file is handed the policy, the environments and the memory, and imports none of them.
+
+Where the paper is silent, contradicts itself, or its authors' code does something else, this is what we do; a
+comment `# (n)` marks each place in the code. "Paper" is the text of the sections, "Alg. 1" its appendix, whose p
+and q are the *complements* of the text's. Named settings select the other reading.
+
+ 1. The rollout mode is drawn at each turn (§4.2). `mode_level`: per `episode`, or once per `batch` (Alg. 1 and the
+    authors' code). The update mode of memory turns is drawn at the same level.
+ 2. An off-policy ratio divides by π_old(a | s, u), without tips (§4.2, Alg. 1), evaluated before the update.
+    `denominator="tips"` divides by the stored π_old(a | s, u, tips) (Table 3, authors' code); the ratio then starts
+    near 0 on exactly those tokens that the tip decided, and their gradient with it.
+ 3. The low-probability mask is per token, under π_θ, in every mode (authors: off by default; by old log-probs it
+    drops whole turns). Eq. 2 masks the policy term; the KL term is not masked.
+ 4. The intrinsic reward is 1/n over a store of distinct states, in every rollout, and part of the return (authors:
+    1/(retrieved tips + 1), in memory rollouts only, and it never reaches the advantage). A state is compared by its
+    observation, within its memory slot: the task text is the same in all states of an episode and would make
+    any two of them similar.
+ 5. Retrieved tips: similarity >= 0.5, then the 10 best by score (authors). `tip_rank="similarity"` takes the most
+    similar ones (paper). Equal values: the newer tip first.
+ 6. Memory key and query: task text and current observation; a tip is stored under the last state of its episode.
+    `memory_key="task"`: task text alone. (Authors: the beginning of the prompt, cut by a 256-token encoder.)
+ 7. One memory per task variation, 1,000 tips each, oldest dropped, exact duplicates ignored (authors).
+    `memory_scope`: one per `task`, or one for `all` (the paper's single buffer M).
+ 8. One tip per episode, with its final score (paper; authors: one entry per action, all with the same text).
+ 9. Tips belong to the turn they were retrieved for and are not in the history of later turns (authors: every past
+    tip block stays). The tip-free sequence is *built* without tips, never stripped.
+10. An action is sent as written. `action_correction`: the valid action with the highest word overlap (authors).
+11. No solved examples in the prompt. `shots=2` shows solved development variations (paper: two examples).
+"""
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+
+
+def setting(default, text, **kwargs):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **kwargs})
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class Settings:
+    """Everything that can be set; the command line is made from it. `None` = decided by the hardware, and printed."""
+    # What is run
+    env: str = setting("scienceworld", "environment: scienceworld or house")
+    tasks: list[str] = setting(["power-component"], "names of the tasks to train on")
+    variations: int = setting(5, "how many training variations of each task (the first ones)")
+    iterations: Optional[int] = setting(None, "how many times to roll out and update [200 on a GPU, 10 without]")
+    step_limit: Optional[int] = setting(None, "actions per episode [the paper's: 30, for chemistry-mix 60]")
+    shots: int = setting(0, "(11) solved development variations shown in the prompt")
+    action_correction: bool = setting(False, "(10) replace an invalid action by the most similar valid one")
+    env_options: list[str] = setting([], "further options of the environment, as name=value (rooms=1 for house)")
+    # Policy
+    model: Optional[str] = setting(None, "hub id or folder [Qwen/Qwen2.5-7B-Instruct on a GPU, ./standin without]")
+    load_in_4bit: Optional[bool] = setting(None, "NF4 weights [on cards up to 24 GB]", nargs="?", const=True)
+    lora_r: int = setting(16, "rank of the adapter")
+    lora_alpha: int = setting(32, "scale of the adapter, over its rank")
+    # Rolling out (§4.1)
+    group_size: int = setting(8, "N: episodes of one task, compared with each other")
+    tasks_per_iteration: Optional[int] = setting(None, "B: tasks per iteration [16 on a GPU, 1 without]")
+    rollout_batch: int = setting(64, "episodes played side by side; lower it when rollouts run out of memory")
+    temperature: float = setting(1.0, "of sampling and of the log-probs in the loss")
+    action_tokens: int = setting(32, "longest action")
+    tip_tokens: int = setting(160, "longest tip")
+    context: int = setting(4500, "longest dialogue in tokens; an episode that reaches it is cut there")
+    memory_prob: float = setting(0.25, "p: probability of prompting with tips; 0 = no memory (GRPO)")
+    mode_level: Literal["turn", "episode", "batch"] = setting("turn", "(1) at what level the modes are drawn")
+    # Memory (§4.1)
+    embedder: str = setting("hashing", "hashing (scikit-learn), or e.g. sentence-transformers/all-MiniLM-L6-v2")
+    tips: int = setting(10, "most tips retrieved at a turn")
+    tip_threshold: float = setting(0.5, "least cosine similarity of a retrieved tip")
+    tip_rank: Literal["score", "similarity"] = setting("score", "(5) which of the similar tips are shown")
+    memory_key: Literal["state", "task"] = setting("state", "(6) what tips are stored under and looked up by")
+    memory_scope: Literal["variation", "task", "all"] = setting("variation", "(7) what shares a memory")
+    memory_capacity: int = setting(1000, "(7) tips per memory, the oldest are dropped")
+    novelty_threshold: float = setting(0.5, "(4) cosine similarity from which two states count as the same")
+    intrinsic_coef: float = setting(1.0, "(4) points of return per unit of intrinsic reward; 0 = none")
+    # Update (§4.2)
+    offpolicy_prob: float = setting(2 / 3, "q: probability that a memory turn is updated off-policy")
+    denominator: Literal["no-tips", "tips"] = setting("no-tips", "(2) prompt of the off-policy behaviour log-prob")
+    learning_rate: Optional[float] = setting(None, "of AdamW, constant [1e-5 on a GPU, 1e-3 for the stand-in]")
+    minibatch_episodes: int = setting(16, "episodes per optimiser step")
+    micro_tokens: int = setting(16384, "padded tokens per forward pass; lower it when updates run out of memory")
+    clip_low: float = setting(0.2, "ratio clip 1 - clip_low")
+    clip_high: float = setting(0.3, "ratio clip 1 + clip_high")
+    clip_c: float = setting(10.0, "dual clip: for A < 0 the term is at least clip_c * A")
+    min_prob: float = setting(0.0067, "delta: (3) tokens less likely than this are masked; 0 = no mask")
+    beta: float = setting(0.0, "weight of KL(pi_theta || pi_ref)")
+    advantage_eps: float = setting(1e-6, "added to the standard deviation of returns")
+    max_grad_norm: float = setting(1.0, "gradient clip")
+    # The run
+    run_dir: Optional[str] = setting(None, "where results go [runs/ENV-TASK-SEED]; must not exist, or --resume")
+    resume: bool = setting(False, "continue the run in run_dir from its last checkpoint")
+    save_every: int = setting(1, "iterations between checkpoints")
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep")
+    seed: int = setting(0, "seed of everything that is drawn")
+
+    def __post_init__(self):
+        for name in ("memory_prob", "offpolicy_prob", "min_prob", "tip_threshold", "novelty_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        for name in ("group_size", "action_tokens", "tip_tokens", "rollout_batch", "minibatch_episodes", "variations",
+                     "save_every", "keep_checkpoints", "memory_capacity", "temperature", "lora_r", "micro_tokens"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be positive")
+
+
+# --- What flows through -----------------------------------------------------------------------------------------
+@dataclass
+class Turn:
+    """One turn as token ids, each segment tokenised once; text fields are for people and for the memory."""
+    observation: list[int]  # closes the previous action, then the user message with o_t
+    tips: list[int]  # a user message with the retrieved tips; empty = mode (1), without memory
+    action: list[int]  # as sampled, ending in a control token unless cut at the limit
+    logps: list[float]  # behaviour log-prob of each action token under the prompt it was sampled with
+    texts: dict  # observation, tips (a list), action as sent
+    reward: float = 0.0  # r_t: difference of scores, so rewards add up to the final score (-100...100)
+    novelty: float = 0.0  # r_int,t = 1/n of the state this action led to, in (0, 1]
+    offpolicy: bool = False  # update mode of a memory turn: True = (b) without tips, False = (a) with tips
+
+
+@dataclass
+class Episode:
+    task: str
+    variation: int
+    group: int  # episodes with the same number are compared with each other
+    prompt: list[int]  # the system message: task, formats, hints
+    header: list[int]  # opens every action
+    task_text: str
+    turns: list[Turn] = field(default_factory=list)
+    score: float = 0.0  # final score, -100...100
+    ended: str = ""  # "completed", "step limit" or "context full"
+    tip: str = ""  # the policy's own summary of the episode
+
+    def dialogue(self, t, tips=False):
+        """Ids of the prompt of action t: the dialogue so far, with the tips of turn t only if asked for.
+
+        >>> a = Turn([11], [91], [21], [0.], {}); b = Turn([12], [92], [22], [0.], {})
+        >>> e = Episode("", 0, 0, prompt=[1], header=[5], task_text="", turns=[a, b])
+        >>> e.dialogue(1), e.dialogue(1, tips=True)  # (9) the tips of turn 0 are in neither
+        ([1, 11, 5, 21, 12, 5], [1, 11, 5, 21, 12, 92, 5])
+        """
+        ids = list(self.prompt)
+        for turn in self.turns[:t]:
+            ids += turn.observation + self.header + turn.action
+        turn = self.turns[t]
+        return ids + turn.observation + (turn.tips if tips else []) + self.header
+
+
+def intrinsic_return(episode, coef):
+    """R = Σ_t (r_t + c · r_int,t), §4.1."""
+    return sum(turn.reward + coef * turn.novelty for turn in episode.turns)
+
+
+# --- Rolling out (§4.1) -----------------------------------------------------------------------------------------
+TIPS_TEXT = "Tips from earlier attempts at this task:\n{}"
+TIP_REQUEST = ("The episode is over. Your final score is {score:.0f} of 100. Write one tip for the next attempt, as one "
+               "sentence on one line of fewer than 100 words: what happened, what was learnt, and how far the task "
+               "was from being completed.")
+
+
+def memory_slot(episode, scope):  # (7)
+    return {"variation": f"{episode.task}/{episode.variation}", "task": episode.task, "all": "all"}[scope]
+
+
+def memory_text(episode, observation, key):  # (6)
+    return f"{episode.task_text}\n{observation}" if key == "state" else episode.task_text
+
+
+def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progress=lambda text: None):
+    """Play one episode per job, `len(envs)` at a time and in lock-step, drawing the rollout mode of each turn.
+
+    jobs: (task, variation, group) triples. memory, novelty: stores with `retrieve` and `visit`. embed: texts ->
+    [n, d] unit rows. env_fault: the exception of a simulator that died; its episode is dropped, never scored.
+    Returns (episodes, number dropped). Raises RuntimeError when a simulator cannot be started five times in a row.
+    """
+    episodes, dropped = [], 0
+    whole_batch = rng.random() < s.memory_prob  # (1)
+    for first in range(0, len(jobs), len(envs)):
+        live = []
+        for env, (task, variation, group) in zip(envs, jobs[first:first + len(envs)]):
+            for attempt in range(1, 6):
+                try:
+                    observation, info = env.reset(task, variation)
+                    break
+                except env_fault as fault:
+                    if attempt == 5:
+                        raise RuntimeError(f"the simulator failed to start five times in a row: {fault}") from fault
+            episode = Episode(task, variation, group, policy.message("system", info["prompt"]), policy.header,
+                              info["task"])
+            live.append([episode, env, observation, rng.random() < s.memory_prob])
+        visit_states(live, novelty, embed, s)  # the first states are seen, and nobody's merit
+        while live:
+            progress(f"turn {max(len(entry[0].turns) for entry in live) + 1}")
+            keys = embed([memory_text(e, observation, s.memory_key) for e, _, observation, _ in live])
+            playing, contexts = [], []
+            for entry, key in zip(live, keys):
+                episode, _, observation, whole_episode = entry
+                last = episode.turns[-1].action if episode.turns else None
+                closing = policy.closing(last) if last is not None else []
+                turn = Turn(closing + policy.message("user", observation), [], [], [], {"observation": observation})
+                episode.turns.append(turn)
+                room = s.context - s.action_tokens - len(episode.dialogue(len(episode.turns) - 1))
+                if room < 0:
+                    if len(episode.turns) == 1:
+                        raise ValueError(f"--context {s.context} has no room for even one turn of {episode.task} "
+                                         f"({-room} tokens short); raise it")
+                    episode.turns.pop()
+                    episode.ended = "context full"
+                    episodes.append(episode)
+                    continue
+                drawn = {"turn": rng.random() < s.memory_prob, "episode": whole_episode, "batch": whole_batch}
+                tips = memory.retrieve(key, memory_slot(episode, s.memory_scope)) if drawn[s.mode_level] else []
+                turn.tips = tips_message(policy, tips)
+                while tips and len(turn.tips) > room:  # the lowest-ranked give way when there is no room for all
+                    tips = tips[:-1]
+                    turn.tips = tips_message(policy, tips)
+                turn.texts["tips"] = tips
+                playing.append(entry)
+                contexts.append(episode.dialogue(len(episode.turns) - 1, tips=True))
+            if not playing:
+                break
+            for entry, action, logps in zip(playing, *policy.sample(contexts, s.action_tokens)):
+                turn = entry[0].turns[-1]
+                turn.action, turn.logps = action, logps
+            live = []
+            for entry in playing:
+                episode, env, turn = entry[0], entry[1], entry[0].turns[-1]
+                try:
+                    entry[2], turn.reward, terminated, truncated, info = env.step(policy.decode(turn.action))
+                except env_fault:
+                    dropped += 1
+                    continue
+                turn.texts["action"] = info["action"]
+                episode.score = info["score"]
+                episode.ended = "completed" if terminated else "step limit" if truncated else ""
+                live.append(entry)
+            visit_states(live, novelty, embed, s)
+            for entry in live:
+                entry[0].turns[-1].texts["next"] = entry[2]
+            episodes += [entry[0] for entry in live if entry[0].ended]
+            live = [entry for entry in live if not entry[0].ended]
+    return episodes, dropped
+
+
+def tips_message(policy, tips):
+    return tips and policy.message("user", TIPS_TEXT.format("\n".join(f"- {tip}" for tip in tips)))
+
+
+def visit_states(live, novelty, embed, s):
+    """Intrinsic reward r_int = 1/n of the states just reached (4); goes to the turn whose action led there."""
+    if not live or novelty is None:
+        return
+    for entry, key in zip(live, embed([observation for _, _, observation, _ in live])):
+        reward = novelty.visit(key, memory_slot(entry[0], s.memory_scope))
+        if entry[0].turns:
+            entry[0].turns[-1].novelty = reward
+
+
+def write_tips(policy, episodes, memory, embed, s):
+    """The same policy sums each whole episode up in one sentence, which goes to the memory (§4.1; 6, 8).
+
+    The dialogue it is shown is the tip-free one. At most 99 words are kept; an empty tip is not stored.
+    """
+    requests = []
+    for e in episodes:
+        turns, last = e.turns, e.turns[-1]
+        seen = e.dialogue(len(turns) - 1) + last.action + policy.closing(last.action)
+        final = f"{last.texts['next']}\n\n" if last.texts["next"] else ""
+        requests.append(seen + policy.message("user", final + TIP_REQUEST.format(score=e.score)) + policy.header)
+    for first in range(0, len(episodes), s.rollout_batch):
+        batch = episodes[first:first + s.rollout_batch]
+        tips, _ = policy.sample(requests[first:first + s.rollout_batch], s.tip_tokens)
+        keys = embed([memory_text(e, e.turns[-1].texts["next"], s.memory_key) for e in batch])
+        for e, ids, key in zip(batch, tips, keys):
+            e.tip = " ".join(policy.decode(ids).split()[:99])
+            if e.tip:
+                memory.add(key, e.tip, e.score, memory_slot(e, s.memory_scope))
+
+
+# --- Advantages (§2) and update modes (§4.2) --------------------------------------------------------------------
+def group_advantages(returns, group_ids, eps=1e-6):
+    """A = (R - mean R) / (std R + eps) over the episodes of one task (§2), σ of the group itself (not n - 1).
+
+    returns [N], group_ids [N] -> advantages [N], float32. A group whose returns are all equal (up to rounding), and
+    a group of one, gets exactly zero.
+
+    >>> group_advantages(torch.tensor([1., 3., 7., 7.]), torch.tensor([0, 0, 1, 1]), eps=0.)
+    tensor([-1.,  1.,  0.,  0.])
+    """
+    returns = torch.as_tensor(returns, dtype=torch.float64)
+    group_ids = torch.as_tensor(group_ids)
+    advantages = torch.zeros_like(returns)
+    for group in group_ids.unique():
+        member = group_ids == group
+        r = returns[member]
+        # Sums of fractions leave a residue; divided by a tiny sigma it would become a full-size advantage.
+        if r.max() - r.min() > 1e-9 * max(1.0, r.abs().max()):
+            advantages[member] = (r - r.mean()) / (r.std(correction=0) + eps)
+    return advantages.float()
+
+
+def draw_update_modes(episodes, s, rng):
+    """Memory turns are updated off-policy, without their tips, with probability q (§4.2); drawn as in (1)."""
+    whole_batch = rng.random() < s.offpolicy_prob
+    for episode in episodes:
+        whole_episode = rng.random() < s.offpolicy_prob
+        for turn in episode.turns:
+            if turn.tips:
+                turn.offpolicy = {"turn": rng.random() < s.offpolicy_prob, "episode": whole_episode,
+                                  "batch": whole_batch}[s.mode_level]
+
+
+@dataclass
+class Row:
+    """What the loss is computed on: ids [L], of which those in the mask are action tokens."""
+    ids: list[int]
+    mask: list[bool]
+    old_logp: list[float]  # zero outside the mask
+    advantage: list[float]  # zero outside the mask
+    recompute: bool  # the behaviour log-probs are to be replaced by π_old under these very ids (2)
+
+
+def training_rows(episode, advantage, s):
+    """The seam for a new algorithm: an episode in; numerators' prompts, masks, old log-probs, advantages out.
+
+    | turn               | numerator             | denominator                                      |
+    | without memory     | π_θ(a | s, u)         | π_old(a | s, u), as sampled                      |
+    | memory, on-policy  | π_θ(a | s, u, tips)   | π_old(a | s, u, tips), as sampled                |
+    | memory, off-policy | π_θ(a | s, u)         | π_old(a | s, u) recomputed, or as sampled (2)    |
+    """
+    rows = []
+    for t, turn in enumerate(episode.turns):
+        prompt = episode.dialogue(t, tips=bool(turn.tips) and not turn.offpolicy)
+        outside, n = [0.0] * len(prompt), len(turn.action)
+        rows.append(Row(prompt + turn.action, [False] * len(prompt) + [True] * n, outside + turn.logps,
+                        outside + [advantage] * n, turn.offpolicy and s.denominator == "no-tips"))
+    return rows
+
+
+# --- Loss (Eq. 2) -----------------------------------------------------------------------------------------------
+def hybrid_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.3, clip_c=10.0, min_prob=0.0067,
+                ref_logp=None, beta=0.0, denominator=None):
+    """Minus Eq. 2, with dual clip and the k3 estimate of KL(π_θ || π_ref).
+
+    logp, old_logp, advantages, ref_logp: [B, L] float; mask: [B, L] bool, True on action tokens; values outside the
+    mask are ignored. denominator: action tokens of the whole optimiser step (default: of this call), the same for
+    each of its micro-batches. Returns (loss, metrics); the metrics are sums over action tokens divided by the same
+    denominator, so those of micro-batches add up to those of the step.
+
+    >>> one = torch.ones(1, 1)  # π_θ / π_old = 2, clipped at 1.3
+    >>> loss, _ = hybrid_loss((.8 * one).log(), (.4 * one).log(), one, one.bool())
+    >>> round(loss.item(), 6)
+    -1.3
+    """
+    denominator = mask.sum() if denominator is None else denominator
+    keep = mask & (logp.detach().exp() >= min_prob)  # (3): a constant, no gradient through it
+    logratio = torch.where(keep, logp - old_logp, 0.0)  # before exp: a masked token may not overflow
+    ratio = logratio.exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    surrogate = torch.where(advantages < 0, torch.maximum(surrogate, clip_c * advantages), surrogate)
+    objective = torch.where(keep, surrogate, 0.0).sum()
+    with torch.no_grad():
+        logratio = torch.where(mask, logp - old_logp, 0.0)
+        ratio = logratio.exp()
+        outside = ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
+        sums = {"ratio": torch.where(mask, ratio, 0.0), "approx_kl": torch.where(mask, ratio - 1 - logratio, 0.0),
+                "clipfrac": outside & keep, "masked_fraction": mask & ~keep}
+        metrics = {name: (value.sum() / denominator).item() for name, value in sums.items()}
+    if ref_logp is not None and beta:
+        log_ref_ratio = torch.where(mask, ref_logp - logp, 0.0)
+        kl = (log_ref_ratio.exp() - 1 - log_ref_ratio).sum()  # k3 (Schulman), gradient included
+        objective = objective - beta * kl
+        metrics["kl_ref"] = (kl.detach() / denominator).item()
+    return -objective / denominator, metrics
+
+
+# --- Update (Alg. 1, lines of the policy update) ----------------------------------------------------------------
+def micro_batches(rows, budget):
+    """Rows of similar length together, at most `budget` padded tokens each (a longer row stands alone)."""
+    batch = []
+    for row in sorted(rows, key=lambda r: len(r.ids)):
+        if batch and (len(batch) + 1) * len(row.ids) > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def stack(rows, name, dtype=torch.float32, device="cpu"):
+    """[B, L] tensor of one field of the rows, right-padded with zeros."""
+    width = max(len(row.ids) for row in rows)
+    return torch.tensor([getattr(r, name) + [0] * (width - len(r.ids)) for r in rows], dtype=dtype, device=device)
+
+
+def update(policy, optimizer, episodes, s, rng, progress=lambda text: None):
+    """One pass over the episodes, `minibatch_episodes` per optimiser step. Returns metrics (means over tokens).
+
+    Raises FloatingPointError, before the weights are touched, if the loss or its gradient is not finite.
+    """
+    draw_update_modes(episodes, s, rng)
+    returns = [intrinsic_return(e, s.intrinsic_coef) for e in episodes]
+    advantages = group_advantages(returns, [e.group for e in episodes], s.advantage_eps).tolist()
+    per_episode = [training_rows(e, a, s) for e, a in zip(episodes, advantages)]
+    policy.model.eval()
+    with torch.no_grad():  # (2) before any step: π_old of the whole iteration is the policy that rolled out
+        for batch in micro_batches([r for rows in per_episode for r in rows if r.recompute], s.micro_tokens):
+            logp, _ = policy.logprobs([r.ids for r in batch], stack(batch, "mask", torch.bool))
+            for row, values in zip(batch, logp.tolist()):
+                row.old_logp = values[:len(row.ids)]
+    policy.model.train()
+    order, totals, learnt_tokens = rng.permutation(len(episodes)), Counter(), 0
+    norms, gap = [], 0.0
+    for first in range(0, len(order), s.minibatch_episodes):
+        rows = [r for i in order[first:first + s.minibatch_episodes] for r in per_episode[i]]
+        tokens = sum(map(sum, (r.mask for r in rows)))  # one denominator for the whole optimiser step
+        if not s.beta:  # a zero advantage has no gradient, so its forward pass can be spared
+            rows = [r for r in rows if any(r.advantage)]
+        if not rows:
+            continue
+        progress(f"update {first + 1}-{min(first + s.minibatch_episodes, len(order))}")
+        optimizer.zero_grad()
+        for batch in micro_batches(rows, s.micro_tokens):
+            ids, mask = [r.ids for r in batch], stack(batch, "mask", torch.bool, policy.device)
+            logp, entropy = policy.logprobs(ids, mask)
+            ref_logp = None
+            if s.beta:
+                with torch.no_grad():
+                    ref_logp, _ = policy.logprobs(ids, mask, reference=True)
+            old_logp = stack(batch, "old_logp", device=policy.device)
+            loss, metrics = hybrid_loss(
+                logp, old_logp, stack(batch, "advantage", device=policy.device), mask, clip_low=s.clip_low,
+                clip_high=s.clip_high, clip_c=s.clip_c, min_prob=s.min_prob, ref_logp=ref_logp, beta=s.beta,
+                denominator=tokens)
+            loss.backward()
+            metrics |= {"loss": loss.item(), "entropy": (entropy.sum() / tokens).item()}
+            totals.update({name: value * tokens for name, value in metrics.items()})
+            if not norms and s.denominator == "no-tips":
+                # Nothing has moved yet: what is left is the sampler's arithmetic against the trainer's.
+                gap = max(gap, torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item())
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}; lower the learning rate or turn the "
+                                     "low-probability mask on (--min_prob 0.0067)")
+        optimizer.step()
+        norms.append(norm)
+        learnt_tokens += sum(map(sum, (r.mask for r in rows)))
+    groups = [[a for a, e in zip(advantages, episodes) if e.group == g] for g in {e.group for e in episodes}]
+    return {name: value / max(learnt_tokens, 1) for name, value in sorted(totals.items())} | {
+        "grad_norm": float(np.mean(norms or [0.0])), "optimizer_steps": len(norms), "sampler_gap": gap,
+        "return": float(np.mean(returns)), "zero_variance_groups": float(np.mean([not any(g) for g in groups]))}

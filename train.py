@@ -1,0 +1,324 @@
+"""EMPO² training: `python train.py --env scienceworld`. The loop in `train` is Algorithm 1; the rest is bookkeeping.
+
+A run leaves in its directory (default runs/ENV-TASK-SEED):
+  settings.json     every setting, with the defaults that the hardware decided
+  metrics.jsonl     one line per iteration (README: metric glossary)
+  episodes.jsonl    every episode, readable: observations, tips, actions, modes, rewards, the tip written
+  checkpoint-N/     the state at the top of iteration N: the LoRA adapter (loads with peft), optimizer.pt,
+                    tips.npz, novelty.npz, state.json
+
+  python train.py --env scienceworld --tasks find-plant find-animal --iterations 100
+  python train.py --env scienceworld --memory-prob 0 --intrinsic-coef 0 --min-prob 0      # GRPO
+  python train.py --env house --env-options rooms=2                                       # no Java, milliseconds
+  python train.py --resume --run-dir runs/scienceworld-power-component-0                  # after a stop or crash
+"""
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+import empo2
+import envs
+import memory
+from policy import Policy
+
+STANDIN = Path(__file__).parent / "standin"
+
+
+def train(s, run_dir, start=0):
+    policy = load_policy(s, run_dir / f"checkpoint-{start}" if start else None)
+    simulators, pool = make_envs(s)
+    embed = memory.embedder(s.embedder)
+    tips = memory.TipMemory(s.memory_capacity, s.tip_threshold, s.tips, s.tip_rank)
+    novelty = memory.NoveltyStore(s.novelty_threshold)
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, weight_decay=0.0)
+    parts = Parts(policy, optimizer, tips, novelty)
+    if start:
+        load_checkpoint(run_dir, start, parts)
+    interrupted = finish_on_interrupt()
+    bar = tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True)
+    for iteration in range(start, s.iterations + 1):
+        if iteration % s.save_every == 0 or iteration == s.iterations or interrupted:
+            save_checkpoint(run_dir, iteration, parts, s)
+        if iteration == s.iterations or interrupted:
+            break
+        # Each iteration has its own seeds, so a resumed run draws what the uninterrupted one would have drawn.
+        rng = np.random.default_rng([s.seed, iteration])
+        torch.manual_seed(int(rng.integers(2 ** 62)))
+        clock = Clock(bar)
+        # --- Algorithm 1 ---
+        jobs = draw_jobs(pool, s, rng)
+        episodes, dropped = empo2.rollout(policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault,
+                                          clock.phase("rollout"))
+        if not episodes:
+            raise RuntimeError("every episode of an iteration was lost to simulator faults; see --help on --resume")
+        if s.memory_prob:
+            clock.phase("tips")("writing tips")
+            empo2.write_tips(policy, episodes, tips, embed, s)
+        learnt = empo2.update(policy, optimizer, episodes, s, rng, clock.phase("update"))
+        # -------------------
+        metrics = {"iteration": iteration, **rollout_metrics(episodes, dropped, tips, novelty), **learnt,
+                   **clock.split()}
+        append(run_dir / "metrics.jsonl", [metrics])
+        append(run_dir / "episodes.jsonl", [transcript(iteration, e) for e in episodes])
+        bar.update()
+        bar.set_postfix(score=f"{metrics['score']:.1f}", best=f"{metrics['score_best']:.0f}",
+                        tips=len(tips), kl=f"{metrics.get('approx_kl', 0):.4f}")
+    bar.close()
+    return s.iterations if not interrupted else iteration
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a checkpoint holds."""
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    tips: memory.TipMemory
+    novelty: memory.NoveltyStore
+
+
+# --- Setting up -------------------------------------------------------------------------------------------------
+def hardware_defaults(s):
+    """Fill in what was left to the hardware; returns (settings, one line of reason per value)."""
+    cuda = torch.cuda.is_available()
+    where = torch.cuda.get_device_name() if cuda else "no GPU"
+    choices = {
+        "model": ("Qwen/Qwen2.5-7B-Instruct", "the paper's model") if cuda else
+                 (str(STANDIN), "a tiny stand-in for a language model, to see the loop work; its scores are no result"),
+        "tasks_per_iteration": (16, "the paper's") if cuda else (1, "a small iteration for a CPU"),
+        "iterations": (200, "the paper's 200-250") if cuda else (10, "a few minutes"),
+        "learning_rate": (1e-5, "usual for LoRA at 7B") if cuda else (1e-3, "for a tiny model"),
+        "run_dir": (f"runs/{s.env}-{'+'.join(s.tasks[:3])}-{s.seed}", "from environment, tasks and seed"),
+    }
+    chosen = {name: value for name, (value, _) in choices.items() if getattr(s, name) is None}
+    if cuda and s.load_in_4bit is None:
+        memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+        chosen["load_in_4bit"] = memory_gb < 25
+        choices["load_in_4bit"] = (None, f"{memory_gb:.0f} GB of memory")
+    reasons = [f"  {name} = {value}  ({where}: {choices[name][1]})" for name, value in chosen.items()]
+    return dataclasses.replace(s, **chosen), reasons
+
+
+def load_policy(s, adapter=None):
+    policy = Policy.load(s.model, adapter=adapter, load_in_4bit=s.load_in_4bit, lora_r=s.lora_r,
+                         lora_alpha=s.lora_alpha, temperature=s.temperature, seed=s.seed)
+    longest = s.context + 2 * s.tip_tokens + 256  # a tip is written after the whole dialogue
+    if longest > policy.max_positions:
+        raise ValueError(f"--context {s.context} and a tip need {longest} positions, {s.model} has "
+                         f"{policy.max_positions}; lower --context")
+    return policy
+
+
+def env_options(s):
+    """The environment's options: the three named settings where given, and name=value pairs."""
+    options = {name: getattr(s, name) for name in ("step_limit", "shots", "action_correction") if getattr(s, name)}
+    for pair in s.env_options:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--env_options {pair}: write name=value")
+        try:
+            options[name] = json.loads(value.lower())
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def make_envs(s, split="train"):
+    """(one environment per episode played side by side, the (task, variation) pairs that are trained on)"""
+    options = env_options(s)
+    first = envs.make(s.env, **options)
+    pool = [(task, v) for task in s.tasks for v in first.variations(task, split)[:s.variations]]
+    rows = min(s.rollout_batch, (s.tasks_per_iteration or len(pool)) * s.group_size)
+    return [first] + [envs.make(s.env, **options) for _ in range(rows - 1)], pool
+
+
+def draw_jobs(pool, s, rng):
+    """B tasks, N episodes of each; every task of the pool once before any comes again."""
+    order = [i for _ in range(-(-s.tasks_per_iteration // len(pool))) for i in rng.permutation(len(pool))]
+    return [(*pool[i], group) for group, i in enumerate(order[:s.tasks_per_iteration]) for _ in range(s.group_size)]
+
+
+# --- The record -------------------------------------------------------------------------------------------------
+def rollout_metrics(episodes, dropped, tips, novelty):
+    turns = [turn for e in episodes for turn in e.turns]
+    with_tips = [turn for turn in turns if turn.tips]
+    scores = [e.score for e in episodes]
+    return {
+        "score": float(np.mean(scores)), "score_best": max(scores), "score_std": float(np.std(scores)),
+        "success": float(np.mean([score == 100 for score in scores])),
+        "intrinsic": float(np.mean([sum(t.novelty for t in e.turns) for e in episodes])),
+        "episodes": len(episodes), "episodes_dropped": dropped, "turns": len(turns),
+        "context_full": sum(e.ended == "context full" for e in episodes),
+        "memory_turns": len(with_tips), "tips_per_memory_turn":
+            float(np.mean([len(t.texts["tips"]) for t in with_tips])) if with_tips else 0.0,
+        "memory_size": len(tips), "distinct_states": len(novelty),
+        "score_with_memory": mean_or_none([e.score for e in episodes if any(t.tips for t in e.turns)]),
+        "score_without_memory": mean_or_none([e.score for e in episodes if not any(t.tips for t in e.turns)]),
+        "offpolicy_turns": sum(t.offpolicy for t in with_tips),
+        "onpolicy_memory_turns": sum(not t.offpolicy for t in with_tips),
+    }
+
+
+def mean_or_none(values):
+    return float(np.mean(values)) if values else None
+
+
+def transcript(iteration, e):
+    return {"iteration": iteration, "task": e.task, "variation": e.variation, "group": e.group, "score": e.score,
+            "ended": e.ended, "tip": e.tip, "task_text": e.task_text, "turns": [
+                {**turn.texts, "reward": turn.reward, "intrinsic": round(turn.novelty, 4), "tokens": len(turn.action),
+                 "mode": "memory" if turn.tips else "plain",
+                 "update": "off-policy" if turn.offpolicy else "on-policy"} for turn in e.turns]}
+
+
+class Clock:
+    """Seconds spent in each phase, shown in the progress bar as it goes."""
+
+    def __init__(self, bar):
+        self.bar, self.times, self.name, self.since = bar, {}, None, 0.0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def phase(self, name):
+        self.stop()
+        self.name, self.since = name, time.perf_counter()
+        return lambda text: self.bar.set_description(f"EMPO² {name}: {text}" if text != name else f"EMPO² {name}")
+
+    def stop(self):
+        if self.name:
+            self.times[self.name] = self.times.get(self.name, 0) + time.perf_counter() - self.since
+
+    def split(self):
+        self.stop()
+        self.bar.set_description("EMPO²")
+        peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return {f"seconds_{name}": round(t, 2) for name, t in self.times.items()} | {"peak_memory_gb": round(peak / 1e9, 3)}
+
+
+def append(path, records):
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------
+LOGS = ("metrics.jsonl", "episodes.jsonl")
+
+
+def save_checkpoint(run_dir, iteration, parts, s):
+    """Write checkpoint-N whole or not at all, then drop the oldest ones."""
+    final, folder = run_dir / f"checkpoint-{iteration}", run_dir / f"checkpoint-{iteration}.tmp"
+    if final.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    parts.policy.save(folder)
+    torch.save(parts.optimizer.state_dict(), folder / "optimizer.pt")
+    parts.tips.save(folder / "tips.npz")
+    parts.novelty.save(folder / "novelty.npz")
+    sizes = {log: (run_dir / log).stat().st_size if (run_dir / log).exists() else 0 for log in LOGS}
+    (folder / "state.json").write_text(json.dumps({"iteration": iteration, "log_sizes": sizes}))
+    os.rename(folder, final)
+    for old in checkpoints(run_dir)[:-s.keep_checkpoints]:
+        shutil.rmtree(run_dir / f"checkpoint-{old}")
+
+
+def checkpoints(run_dir):
+    """Iterations of the run's checkpoints, oldest first."""
+    return sorted(int(p.name.split("-")[1]) for p in run_dir.glob("checkpoint-*") if p.name.split("-")[1].isdigit())
+
+
+def load_checkpoint(run_dir, iteration, parts):
+    """Optimizer and memories of checkpoint-N, and the logs cut back to where they were then."""
+    folder = run_dir / f"checkpoint-{iteration}"
+    parts.tips.load(folder / "tips.npz")
+    parts.novelty.load(folder / "novelty.npz")
+    try:
+        parts.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        sizes = json.loads((folder / "state.json").read_text())["log_sizes"]
+        if any((run_dir / log).stat().st_size < size for log, size in sizes.items() if size):
+            raise ValueError("a log file is shorter than it was")
+        for log, size in sizes.items():
+            os.truncate(run_dir / log, size) if (run_dir / log).exists() else None
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
+        raise ValueError(f"{folder}: the checkpoint is damaged ({str(error).splitlines()[0]}); "
+                         "delete it to resume from the one before") from error
+
+
+# --- Command line -----------------------------------------------------------------------------------------------
+def parse(argv):
+    """Settings from the command line; on --resume from the run, which may only be made longer."""
+    parser = HfArgumentParser(empo2.Settings, description=__doc__, allow_abbrev=False,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    s, = parser.parse_args_into_dataclasses(argv)
+    s, reasons = hardware_defaults(s)
+    run_dir = Path(s.run_dir)
+    if not s.resume:
+        if run_dir.exists():
+            raise ValueError(f"{run_dir} exists; --resume continues it, --run_dir NAME starts another run")
+        return s, run_dir, 0, reasons
+    try:
+        saved = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{run_dir}/settings.json cannot be read ({error}); nothing to resume") from error
+    given = {a.lstrip("-").split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+    changed = [n for n in given - {"resume", "run_dir", "iterations"} if getattr(s, n, None) != getattr(saved, n, None)]
+    if changed:
+        raise ValueError(f"--resume continues with the run's own settings; {', '.join(sorted(changed))} cannot change")
+    found = checkpoints(run_dir) or [0]
+    iterations = s.iterations if "iterations" in given else saved.iterations
+    return dataclasses.replace(saved, resume=True, iterations=iterations), run_dir, found[-1], []
+
+
+def finish_on_interrupt():
+    """A list that becomes non-empty on Ctrl-C, so that the running iteration can finish; a second one stops now."""
+    pressed = []
+
+    def handler(signum, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+        tqdm.write("Ctrl-C: finishing this iteration, then saving. Again to stop now (this iteration is lost).")
+    signal.signal(signal.SIGINT, handler)
+    return pressed
+
+
+def main(argv=None):
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    run_dir = None
+    try:
+        s, run_dir, start, reasons = parse(sys.argv[1:] if argv is None else argv)
+        if reasons:
+            print("decided by the hardware:", *reasons, sep="\n")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
+        done = train(s, run_dir, start)
+        print(f"{done} of {s.iterations} iterations are in {run_dir}; python eval.py {run_dir} evaluates it")
+    except KeyboardInterrupt:
+        print(f"\nstopped; continue with: python train.py --resume --run_dir {run_dir}", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError:
+        print("train.py: out of GPU memory; lower --micro_tokens (update) or --rollout_batch (rollout), or use "
+              f"--load_in_4bit, then: python train.py --resume --run_dir {run_dir}", file=sys.stderr)
+        return 1
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
