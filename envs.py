@@ -205,6 +205,7 @@ class Simulator:
         try:
             return method(*args)
         except Py4JJavaError as error:  # the simulator's own exception: the others in the JVM live on
+            self.jvm = None  # this one may be left half-way through something
             raise EnvFault(f"the simulator failed: {str(error.java_exception)[:200]}") from None
         except (Py4JError, OSError) as error:
             self.jvm.kill()
@@ -218,7 +219,10 @@ class Simulator:
         """
         self.ask(self.server.load, task, variation, simplification, gold)
         self.ask(self.server.reset)
-        return self.ask(self.server.step, "look around")  # the stock wrapper's first move, too
+        observation = self.ask(self.server.step, "look around")  # the stock wrapper's first move, too
+        if observation.startswith("ERROR"):
+            raise ValueError(observation.splitlines()[0])
+        return observation
 
     def step(self, action: str) -> tuple[str, int, bool]:
         """-> (observation, score -100...100, is it over?)"""
@@ -285,6 +289,8 @@ class ScienceWorld(Env):
         return self._simulator
 
     def _start(self, task, variation):
+        if "noElectrical" in self.simplification and ("power" in task or "conductivity" in task):
+            raise ValueError(f"{task} cannot be solved with the simplification noElectricalAction")
         examples = self._examples(task, variation)
         simulator = self._living()
         observation = simulator.load(task, variation, self.simplification)
@@ -298,9 +304,10 @@ class ScienceWorld(Env):
         for other in self.variations(task, "dev"):
             if len(examples) < self.shots and other != variation:  # never the solution of this very episode
                 opening, turns = solve(task, other, self.simplification)
-                if turns and turns[-1][2] == 100:
-                    turns = "\n".join(f"> {action}\n{seen}" for action, seen, _ in turns)
-                    examples.append(f"\n\nA solved example:\n{opening}\n{turns}")
+                scores = [score for _, _, score in turns]
+                if 100 in scores:
+                    turns = [f"> {action}\n{seen}" for action, seen, _ in turns[:scores.index(100) + 1]]
+                    examples.append("\n".join(["\n\nA solved example:", opening, *turns]))
         if len(examples) < self.shots:
             raise ValueError(f"shots={self.shots}, but {task} has only {len(examples)} solved examples to show")
         return "".join(examples)
@@ -339,7 +346,7 @@ def scienceworld_prompt(task_text: str, templates: list[str], inventory: str) ->
         "If you are asked a numbered question, answer with the number.",
         carried and f"You start with: {', '.join(carried)}.",
         targets and f"You may focus only on: {'; '.join(targets)}.",
-        "Focus on a wrong thing ends the episode with the lowest score.",
+        "A wrong focus ends the episode with the lowest score.",
     ]))
 
 
@@ -488,12 +495,12 @@ def make(name: str, **options) -> Env:
 
 
 def main() -> int:
-    """Play by hand."""
+    """Play by hand. Exit code 2 for wrong arguments, 1 for a lost simulator."""
     parser = argparse.ArgumentParser(
         description="Play an environment by hand: type one action per line.",
         epilog="While playing, 'valid' lists the valid actions and 'gold' a solution; Ctrl-D or Ctrl-C ends. "
                "Example: python envs.py --env house --task radio")
-    parser.add_argument("--env", default="scienceworld", help=f"one of: {', '.join(ENVS)} (default: %(default)s)")
+    parser.add_argument("--env", default="scienceworld", help=f"{' or '.join(ENVS)} (default: %(default)s)")
     parser.add_argument("--task", help="task name; without it the tasks are listed")
     parser.add_argument("--variation", type=int, default=0, help="which version of the task (default: 0)")
     args = parser.parse_args()

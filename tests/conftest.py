@@ -18,15 +18,16 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"\s+(?!\S)|\s+")  # Qwen2's
 
 
-def write_checkpoint(folder, hidden=64, layers=2, vocab=400, pad="<|endoftext|>", template=CHATML, seed=0):
+def write_checkpoint(folder, hidden=64, layers=2, vocab=400, pad="<|endoftext|>", template=CHATML, seed=0, corpus=None,
+                     scale=0.2):
     """A randomly initialised Qwen2 with a byte-level tokenizer, loadable like any hub checkpoint."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    text = ["system user assistant go to the kitchen open the box take the radio turn on the radio look around.\n"] * 9
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+    corpus = corpus or ["system user assistant go to the kitchen open the box take the radio look around.\n"] * 9
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token=pad,
@@ -37,7 +38,7 @@ def write_checkpoint(folder, hidden=64, layers=2, vocab=400, pad="<|endoftext|>"
     Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
-        initializer_range=0.2)).save_pretrained(folder)
+        initializer_range=scale)).save_pretrained(folder)
     return str(folder)
 
 

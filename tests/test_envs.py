@@ -1,6 +1,6 @@
 """The environments against their contract, and ScienceWorld against its stock wrapper.
 
-python -m pytest tests/test_envs.py          (about two minutes; -k house needs no Java and is instant)
+python -m pytest tests/test_envs.py          (one to three minutes; -k house needs no Java and is instant)
 """
 import doctest
 import os
@@ -167,7 +167,7 @@ def test_house_layout_is_a_function_of_task_and_variation():
         assert len({tuple(path) for _, path, _, _ in layouts}) == 1
         assert len({room for *_, room in layouts}) > 1
         assert len({str(inside) for *_, inside, _ in layouts}) > 1
-    places = {(tuple(layout(t, 0)[1][:1]), [p for p, x in layout(t, 0)[2].items() if x == t][0]) for t in House.THINGS}
+    places = {next(p for p, thing in layout(task, 0)[2].items() if thing == task) for task in House.THINGS}
     assert len(places) > 1
 
 
@@ -190,8 +190,8 @@ def test_house_hides_the_thing():
         assert env.step(f"take {task}")[0] == env.step(f"turn on {task}")[0] == envs.UNKNOWN
 
 
-@pytest.mark.parametrize("options", [{}, {"rooms": 1}, {"rooms": 1, "containers": 1}, {"rooms": 8, "containers": 6},
-                                     {"partial_credit": False}])
+@pytest.mark.parametrize("options", [{}, {"rooms": 1}, {"rooms": 1, "containers": 1},
+                                     {"rooms": 8, "containers": 6}, {"partial_credit": False}])
 def test_house_is_solved_by_its_gold_path(options):
     """For every task and variation, within the step limit, with 100 only at the end."""
     env = make("house", **options)
@@ -311,50 +311,61 @@ def test_scienceworld_wrong_focus_ends_the_episode():
 
 # ---------------------------------------------------------------------------- ScienceWorld: parity
 
+# The simulator itself draws at random in these tasks, so two runs of the stock wrapper differ, too: whether a lamp
+# lights one turn earlier, when the bees come. Tolerance in points; outside these tasks all scores are equal.
+NOISE = {"power-component": 0, "power-component-renewable-vs-nonrenewable-energy": 0, "grow-fruit": 10,
+         "mendelian-genetics-known-plant": 10, "mendelian-genetics-unknown-plant": 10}
+
+
+def agree(task, ours, theirs):
+    """Equal, or, in a noisy task, close until the last turn before either ended, and equally good at the end."""
+    if task not in NOISE:
+        return ours == theirs
+    n = min(len(ours), len(theirs)) - 1
+    return (max(abs(a - b) for a, b in zip(ours[:n], theirs[:n])) <= NOISE[task]
+            and (ours[-1] == theirs[-1] or task == "grow-fruit"))
+
+
 def test_scienceworld_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
-    """48 known solutions, by eight interleaved simulators in one JVM, give the stock wrapper's scores, step by step."""
+    """48 known solutions, in eight interleaved simulators of one JVM: the stock wrapper's scores, step by step."""
     from scienceworld import ScienceWorldEnv
-    monkeypatch.setattr(ScienceWorldEnv, "get_valid_action_object_combinations", lambda self: [])
+    monkeypatch.setattr(ScienceWorldEnv, "get_valid_action_object_combinations", lambda self: [])  # slow
     episodes = [(task, 0) for task in make("scienceworld").tasks()] + [(task, 3) for task in PAPER_TASKS]
-    stock, expected, paths = ScienceWorldEnv(envStepLimit=10**6), {}, {}
+    stock, theirs, paths = ScienceWorldEnv(envStepLimit=10**6), {}, {}
     for task, variation in episodes:
         stock.load(task, variation, "easy", generateGoldPath=True)
         paths[task, variation] = stock.get_gold_action_sequence()
         stock.reset()
-        expected[task, variation] = scores = []
+        theirs[task, variation] = scores = []
         for action in paths[task, variation]:
             _, _, over, info = stock.step(action)
             scores.append(info["score"])
             if over:
                 break
     stock.close()
-    assert sum(scores[-1] == 100 for scores in expected.values()) > 40
+    assert sum(scores[-1] == 100 for scores in theirs.values()) >= 47
 
-    waiting, running, actual = list(episodes), {}, {}
+    waiting, running, ours = list(episodes), {}, {}
     simulators = [make("scienceworld", step_limit=10**6) for _ in range(8)]
     while waiting or running:
-        for env in simulators:
+        for env in simulators:  # one step of each in turn; whoever has finished takes the next episode
             if env not in running and waiting:
                 episode = waiting.pop()
                 env.reset(*episode)
-                running[env], actual[episode] = (episode, iter(paths[episode])), []
-            elif env in running:
-                episode, actions = running[env]
-                action = next(actions, None)
+                running[env], ours[episode] = iter(paths[episode]), []
+            if env in running:
+                action = next(running[env], None)
                 over = action is None
                 if not over:
                     _, _, over, _, info = env.step(action)
-                    actual[episode].append(info["score"])
+                    ours[env.task, env.variation].append(info["score"])
                 if over:
                     del running[env]
-    assert actual == expected
-    assert make_gold("power-component", 0) == paths["power-component", 0]
-
-
-def make_gold(task, variation):
-    env = make("scienceworld")
-    env.reset(task, variation)
-    return env.gold_path()
+    different = {episode: (ours[episode], theirs[episode]) for episode in episodes
+                 if not agree(episode[0], ours[episode], theirs[episode])}
+    assert different == {}
+    env.reset("boil", 0)
+    assert env.gold_path() == paths["boil", 0]
 
 
 # ---------------------------------------------------------------------------- ScienceWorld: faults
@@ -397,16 +408,16 @@ def test_scienceworld_hung_jvm_is_a_fault(monkeypatch, capfd):
     """Silence beyond the time limit: EnvFault without a stack trace on the terminal, and the JVM is replaced."""
     if Jvm.shared:
         Jvm.shared.kill()
-    monkeypatch.setattr(Jvm, "TIMEOUT", 10.0)
+    monkeypatch.setattr(Jvm, "TIMEOUT", 5.0)
     env = make("scienceworld")
     env.reset("power-component", 0)
     process = Jvm.shared.process
-    Jvm.shared.gateway._gateway_client.deque[0].socket.settimeout(1)
     os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(EnvFault, match="silent"):
         env.step("look around")
     assert process.poll() is not None and capfd.readouterr().err == ""
     assert env.reset("power-component", 0)[0]
+    Jvm.shared.kill()  # the next test gets the usual time limit
 
 
 def test_scienceworld_exception_inside_the_simulator_costs_one_episode_only():
@@ -417,7 +428,20 @@ def test_scienceworld_exception_inside_the_simulator_costs_one_episode_only():
     pid = Jvm.shared.process.pid
     with pytest.raises(EnvFault, match="simulator failed"):
         bad._simulator.ask(Jvm.shared.gateway.jvm.java.lang.Integer.parseInt, "x")
+    with pytest.raises(EnvFault):
+        bad.step("look around")
     assert good.step("look around")[0] and bad.reset("boil", 0)[0] and Jvm.shared.process.pid == pid
+
+
+def test_scienceworld_refuses_simplifications_that_the_simulator_refuses():
+    """Unknown ones at once, impossible combinations at reset."""
+    with pytest.raises(ValueError, match="openDoors"):
+        make("scienceworld", simplification="bogus")
+    with pytest.raises(ValueError, match="easy"):
+        make("scienceworld", simplification="easy,openContainers").reset("boil", 0)
+    with pytest.raises(ValueError, match="noElectricalAction"):
+        make("scienceworld", simplification="noElectricalAction").reset("power-component", 0)
+    assert make("scienceworld", simplification="openContainers,openDoors").reset("boil", 0)
 
 
 CHILD = """
@@ -512,6 +536,19 @@ def test_play_scienceworld_by_hand():
     assert done.returncode == 0 and done.stderr == ""
     assert "turn on the red light bulb" in done.stdout and "You move to the kitchen." in done.stdout
     assert "score 7" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_the_game_cleanly():
+    """No stack trace, exit code 0."""
+    child = subprocess.Popen([sys.executable, "envs.py", "--task", "boil"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    while "look around" not in child.stdout.readline():
+        pass
+    time.sleep(2)  # the first observation, then the question
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=30)
+    assert (child.returncode, errors) == (0, "")
 
 
 def test_play_teaches():

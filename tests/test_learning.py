@@ -1,0 +1,98 @@
+"""The whole loop learns: an easy house of one room, a small policy that begins by acting at random.
+
+    pytest tests/test_learning.py
+"""
+import json
+import random
+
+import pytest
+import torch
+from conftest import write_checkpoint
+from transformers import AutoModelForCausalLM
+
+import empo2
+import envs
+import train
+from policy import Policy
+
+HOUSE = {"rooms": 1, "containers": 2, "step_limit": 5}
+TIP = "I have not turned it on."
+
+
+def random_dialogues(rng, count):
+    """(role, text) lists of episodes in which every action is drawn from the valid ones, ended by a tip."""
+    env = envs.make("house", **HOUSE)
+    for _ in range(count):
+        observation, info = env.reset("radio", rng.choice(env.variations("radio", "train")))
+        turns, over = [("system", info["prompt"])], False
+        while not over:
+            turns.append(("user", observation))
+            if rng.random() < 0.2:
+                turns.append(("user", empo2.TIPS_TEXT.format(f"- {TIP}")))
+            turns.append(("assistant", rng.choice(env.valid_actions())))
+            observation, _, terminated, truncated, info = env.step(turns[-1][1])
+            over = terminated or truncated
+        final = f"{observation}\n\n{empo2.TIP_REQUEST.format(score=info['score'])}"
+        yield turns + [("user", final), ("assistant", TIP)]
+
+
+@pytest.fixture(scope="module")
+def random_player(tmp_path_factory):
+    """A Qwen2 of 0.1 M parameters that imitates random valid actions: well-formed, and aimless."""
+    folder, rng = tmp_path_factory.mktemp("player"), random.Random(0)
+    dialogues = list(random_dialogues(rng, 400))
+    write_checkpoint(folder, hidden=64, vocab=420, scale=0.02,
+                     corpus=[f"{role}\n{text}\n" for d in dialogues for role, text in d])
+    policy = Policy.load(str(folder))
+    rows = []
+    for dialogue in dialogues:
+        ids, mask = [], []
+        for role, text in dialogue:
+            trained = role == "assistant"
+            new = (policy.encode(text) + [policy.end_id]) if trained else policy.message(role, text)
+            for part, learn in ((policy.header, False), (new, True), (policy.encode("\n"), False)) if trained else \
+                    ((new, False),):
+                ids += part
+                mask += [learn] * len(part)
+        rows.append((ids, mask))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+    for step in range(150):
+        batch = rng.sample(rows, 16)
+        width = max(len(ids) for ids, _ in batch)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
+        mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in batch])
+        logp = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        loss = -logp[mask[:, 1:]].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def success(run_dir, iterations):
+    lines = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
+    return sum(line["success"] for line in lines[iterations]) / len(lines[iterations])
+
+
+def run(random_player, run_dir, iterations):
+    assert train.main(["--env", "house", "--tasks", "radio", "--model", random_player, "--run-dir", str(run_dir),
+                       "--env-options", *(f"{k}={v}" for k, v in HOUSE.items()), "--iterations", str(iterations),
+                       "--tasks-per-iteration", "4", "--learning-rate", "3e-3", "--seed", "0",
+                       "--save-every", "100"]) == 0
+    return success(run_dir, slice(0, 3)), success(run_dir, slice(-5, None))
+
+
+def test_it_learns(random_player, tmp_path):
+    before, after = run(random_player, tmp_path / "run", 40)
+    assert before < 0.2 and after > 0.8
+
+
+def test_it_does_not_learn_with_the_sign_of_the_advantage_flipped(random_player, tmp_path, monkeypatch):
+    """The same test must fail then: what makes it pass is the advantage."""
+    advantages = empo2.group_advantages
+    monkeypatch.setattr(empo2, "group_advantages", lambda *args: -advantages(*args))
+    before, after = run(random_player, tmp_path / "run", 15)
+    assert before < 0.2 and after < 0.2
