@@ -47,6 +47,8 @@ def train(s, run_dir, start=0):
     parts = Parts(policy, optimizer, tips, novelty)
     if start:
         load_checkpoint(run_dir, start, parts)
+    run_dir.mkdir(parents=True, exist_ok=True)  # not before everything is loaded: bad input leaves nothing behind
+    (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
     interrupted = finish_on_interrupt()
     bar = tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True)
     for iteration in range(start, s.iterations + 1):
@@ -262,7 +264,7 @@ def parse(argv):
     """Settings from the command line; on --resume from the run, which may only be made longer."""
     parser = HfArgumentParser(empo2.Settings, description=__doc__, allow_abbrev=False,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    s, = parser.parse_args_into_dataclasses(argv)
+    s, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     s, reasons = hardware_defaults(s)
     run_dir = Path(s.run_dir)
     if not s.resume:
@@ -303,8 +305,6 @@ def main(argv=None):
         s, run_dir, start, reasons = parse(sys.argv[1:] if argv is None else argv)
         if reasons:
             print("decided by the hardware:", *reasons, sep="\n")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
         done = train(s, run_dir, start)
         print(f"{done} of {s.iterations} iterations are in {run_dir}; python eval.py {run_dir} evaluates it")
     except KeyboardInterrupt:

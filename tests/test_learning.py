@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import empo2
 import envs
+import eval as evaluation
 import train
 from policy import Policy
 
-HOUSE = {"rooms": 1, "containers": 2, "step_limit": 5}
+HOUSE = {"rooms": 1, "containers": 1, "step_limit": 4}
 TIP = "I have not turned it on."
 
 
@@ -28,7 +29,7 @@ def random_dialogues(rng, count):
         while not over:
             turns.append(("user", observation))
             if rng.random() < 0.2:
-                turns.append(("user", empo2.TIPS_TEXT.format(f"- {TIP}")))
+                turns.append(("user", empo2.TIPS_TEXT.format("\n".join([f"- {TIP}"] * rng.randint(1, 10)))))
             turns.append(("assistant", rng.choice(env.valid_actions())))
             observation, _, terminated, truncated, info = env.step(turns[-1][1])
             over = terminated or truncated
@@ -58,7 +59,7 @@ def random_player(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     torch.manual_seed(0)
-    for step in range(150):
+    for step in range(300):
         batch = rng.sample(rows, 16)
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
@@ -72,27 +73,30 @@ def random_player(tmp_path_factory):
     return str(folder)
 
 
-def success(run_dir, iterations):
-    lines = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
-    return sum(line["success"] for line in lines[iterations]) / len(lines[iterations])
+def success(run_dir, player, adapter=None):
+    """Tip-free success on unseen variations, at temperature 1."""
+    s = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
+    table, _, _ = evaluation.evaluate(Policy.load(player, adapter=adapter), s, variations=4, episodes=16)
+    return table["radio"]["share_100"]
 
 
-def run(random_player, run_dir, iterations):
-    assert train.main(["--env", "house", "--tasks", "radio", "--model", random_player, "--run-dir", str(run_dir),
+def run(player, run_dir, iterations):
+    # delta below 1 / 420, the chance of a random token of this vocabulary: else nonsense is masked, never unlearnt.
+    assert train.main(["--env", "house", "--tasks", "radio", "--model", player, "--run-dir", str(run_dir),
                        "--env-options", *(f"{k}={v}" for k, v in HOUSE.items()), "--iterations", str(iterations),
-                       "--tasks-per-iteration", "4", "--learning-rate", "3e-3", "--seed", "0",
+                       "--tasks-per-iteration", "4", "--learning-rate", "2e-3", "--min-prob", "1e-4",
                        "--save-every", "100"]) == 0
-    return success(run_dir, slice(0, 3)), success(run_dir, slice(-5, None))
+    return success(run_dir, player), success(run_dir, player, run_dir / f"checkpoint-{iterations}")
 
 
 def test_it_learns(random_player, tmp_path):
-    before, after = run(random_player, tmp_path / "run", 40)
+    before, after = run(random_player, tmp_path / "run", 20)
     assert before < 0.2 and after > 0.8
 
 
 def test_it_does_not_learn_with_the_sign_of_the_advantage_flipped(random_player, tmp_path, monkeypatch):
-    """The same test must fail then: what makes it pass is the advantage."""
+    """The same measurement must fail then: what makes it pass is the advantage."""
     advantages = empo2.group_advantages
     monkeypatch.setattr(empo2, "group_advantages", lambda *args: -advantages(*args))
-    before, after = run(random_player, tmp_path / "run", 15)
+    before, after = run(random_player, tmp_path / "run", 10)
     assert before < 0.2 and after < 0.2

@@ -1,0 +1,177 @@
+"""train.py and eval.py from the outside: what a run leaves, what survives, what is refused.
+
+    pytest tests/test_train.py
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import eval as evaluation
+import train
+
+SMALL = ["--env", "house", "--tasks", "radio", "fan", "--env-options", "rooms=2", "step_limit=3", "--group-size", "3",
+         "--tasks-per-iteration", "2", "--action-tokens", "4", "--tip-tokens", "8", "--memory-prob", "0.6",
+         "--variations", "1", "--tip-threshold", "0", "--lora-r", "2"]
+
+
+def records(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def without_times(metrics):
+    return [{k: v for k, v in m.items() if not k.startswith(("seconds_", "peak_"))} for m in metrics]
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    """An uninterrupted run of four iterations."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*SMALL, "--model", checkpoint, "--run-dir", str(run_dir), "--iterations", "4"]) == 0
+    return run_dir
+
+
+def test_a_run_leaves_what_the_readme_says(finished, checkpoint):
+    metrics, episodes = records(finished / "metrics.jsonl"), records(finished / "episodes.jsonl")
+    assert [m["iteration"] for m in metrics] == [0, 1, 2, 3] and len(episodes) == 4 * 6
+    wanted = {"score", "intrinsic", "memory_turns", "tips_per_memory_turn", "offpolicy_turns", "zero_variance_groups",
+              "ratio", "clipfrac", "masked_fraction", "entropy", "approx_kl", "grad_norm", "seconds_rollout",
+              "seconds_tips", "seconds_update", "peak_memory_gb", "sampler_gap", "episodes_dropped"}
+    assert wanted <= set(metrics[-1])
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in metrics[-1]), "each metric stands in the README's glossary"
+    assert metrics[-1]["memory_turns"] > 0 and metrics[-1]["sampler_gap"] < 1e-4
+    turn = episodes[-1]["turns"][0]
+    assert set(turn) == {"observation", "tips", "action", "next", "reward", "intrinsic", "tokens", "mode", "update"}
+    assert {"checkpoint-3", "checkpoint-4", "settings.json"} <= {p.name for p in finished.iterdir()}
+    assert not (finished / "checkpoint-2").exists(), "only the newest checkpoints are kept"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), finished / "checkpoint-4")
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_kill_and_resume_equals_an_uninterrupted_run(finished, checkpoint, tmp_path):
+    """kill -9 in the middle of an iteration, then --resume: same metrics, same episodes, same adapter."""
+    run_dir = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--model", checkpoint, "--run-dir", str(run_dir)]
+    process = subprocess.Popen([*command, "--iterations", "4"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (run_dir / "metrics.jsonl").open("a").write('{"iteration": 99, "half a li')
+    assert train.main(["--resume", "--run-dir", str(run_dir)]) == 0
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        assert without_times(records(run_dir / name)) == without_times(records(finished / name))
+    ours, theirs = (load_file(d / "checkpoint-4" / "adapter_model.safetensors") for d in (run_dir, finished))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_ctrl_c_finishes_the_iteration_and_saves(checkpoint, tmp_path):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *SMALL, "--model", checkpoint, "--run-dir", str(run_dir),
+         "--iterations", "10000", "--save-every", "1000"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (run_dir / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    done = len(records(run_dir / "metrics.jsonl"))
+    assert process.returncode == 0 and (run_dir / f"checkpoint-{done}").exists() and "Ctrl-C: finishing" in err + out
+
+
+def refused(capsys, *argv, run=train.main):
+    """Run with bad input: a non-zero exit and one line on stderr, which is returned."""
+    assert run(list(argv)) not in (0, None)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("train.py:", "eval.py:"))]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished):
+    new = ["--model", checkpoint, "--run-dir", str(tmp_path / "new")]
+    assert "unknown environment" in refused(capsys, *new, "--env", "nowhere")
+    assert "did you mean" in refused(capsys, *new, "--env", "house", "--tasks", "radios")
+    assert "unknown option" in refused(capsys, *new, "--env", "house", "--tasks", "fan", "--env-options", "attics=2")
+    assert "name=value" in refused(capsys, *new, "--env", "house", "--env-options", "rooms")
+    assert "must lie between 0 and 1" in refused(capsys, *new, "--memory-prob", "2")
+    assert "has no room for even one turn" in refused(
+        capsys, *SMALL, "--model", checkpoint, "--run-dir", str(tmp_path / "short"), "--context", "20")
+    assert "lower --context" in refused(capsys, *new, *SMALL, "--context", "100000")
+    assert "tokenizer" in refused(capsys, *SMALL, "--model", str(tmp_path), "--run-dir", str(tmp_path / "new2"))
+    assert "exists" in refused(capsys, *SMALL, "--model", checkpoint, "--run-dir", str(finished))
+    assert "cannot change" in refused(capsys, "--resume", "--run-dir", str(finished), "--seed", "7")
+    assert "nothing to resume" in refused(capsys, "--resume", "--run-dir", str(tmp_path / "never"))
+    for unknown in ("--memory", "--learning", "--nonsense"):
+        with pytest.raises(SystemExit) as stop:
+            train.main([unknown, "1"])
+        assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "tips.npz", "novelty.npz", "state.json",
+                                  "adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(finished, tmp_path, capsys, name):
+    import shutil
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    path = run_dir / "checkpoint-4" / name
+    path.write_bytes(path.read_bytes()[:-20] if path.stat().st_size > 20 else b"")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert "checkpoint-4" in refused(capsys, "--resume", "--run-dir", str(run_dir), "--iterations", "5")
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_can_be_made_longer(finished, tmp_path):
+    import shutil
+    run_dir = tmp_path / "longer"
+    shutil.copytree(finished, run_dir)
+    assert train.main(["--resume", "--run-dir", str(run_dir), "--iterations", "5"]) == 0
+    assert [m["iteration"] for m in records(run_dir / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_evaluation_of_a_run_and_of_a_base_model(finished, checkpoint, tmp_path, capsys):
+    out = tmp_path / "run.json"
+    assert evaluation.main([str(finished), "--variations", "2", "--episodes", "2", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert set(result["tasks"]) == {"radio", "fan"} and result["tasks"]["fan"]["episodes"] == 4
+    assert result["protocol"]["adapter"].endswith("checkpoint-4") and result["protocol"]["environment"] == "house 1"
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in evaluation.FIGURES)
+    base = tmp_path / "base.json"
+    assert evaluation.main(["--model", checkpoint, "--env", "house", "--tasks", "fan", "--variations", "1",
+                            "--out", str(base)]) == 0
+    assert json.loads(base.read_text())["protocol"]["adapter"] == "None"
+    assert "exists" in refused(capsys, "--model", checkpoint, "--out", str(base), run=evaluation.main)
+    assert "no run with a checkpoint" in refused(capsys, str(tmp_path), run=evaluation.main)
+
+
+def test_help_teaches():
+    for script, text in {"train.py": "probability of prompting with tips", "eval.py": "--temperature"}.items():
+        shown = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+        assert shown.returncode == 0 and text in shown.stdout and f"python {script}" in shown.stdout
+
+
+def test_the_standin_plays_real_scienceworld_end_to_end(tmp_path):
+    """The README's first command, shortened: two iterations on the real simulator with the shipped stand-in."""
+    run_dir = tmp_path / "run"
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--env", "scienceworld", "--iterations", "2",
+                           "--step-limit", "8", "--variations", "1", "--memory-prob", "0.5", "--run-dir",
+                           str(run_dir)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics, episodes = records(run_dir / "metrics.jsonl"), records(run_dir / "episodes.jsonl")
+    assert len(metrics) == 2 and len(episodes) == 16 and metrics[1]["memory_turns"] > 0
+    answers = [t["next"] for e in episodes for t in e["turns"]]
+    understood = sum("No known action" not in a for a in answers) / len(answers)
+    assert understood > 0.5 and all(e["tip"] for e in episodes)
