@@ -319,29 +319,61 @@ def draw_update_modes(episodes, s, rng):
 
 @dataclass
 class Row:
-    """What the loss is computed on: ids [L], of which those in the mask are action tokens."""
+    """An episode as the update sees it: one *trunk* without tips, and a *branch* for each turn trained with tips.
+
+    A token sees the first `trunk` tokens of the trunk and those of its own branch up to itself, so each (prompt,
+    action) pair is scored as if it stood alone, while what prompts share is computed once. All lists are [L].
+    """
     ids: list[int]
-    mask: list[bool]
-    old_logp: list[float]  # zero outside the mask
-    advantage: list[float]  # zero outside the mask
-    recompute: bool  # the behaviour log-probs are to be replaced by π_old under these very ids (2)
+    position: list[int]
+    branch: list[int]  # 0 = the trunk
+    trunk: list[int]  # how many tokens of the trunk are seen
+    mask: list[bool]  # True on the action tokens that are trained
+    old_logp: list[float]
+    recompute: list[bool]  # (2) the behaviour log-prob is to be replaced by π_old under this very prompt
+    advantage: float
 
 
-def training_rows(episode, advantage, s):
+def training_row(episode, advantage, s):
     """The seam for a new algorithm: an episode in; numerators' prompts, masks, old log-probs, advantages out.
 
-    | turn               | numerator             | denominator                                      |
-    | without memory     | π_θ(a | s, u)         | π_old(a | s, u), as sampled                      |
-    | memory, on-policy  | π_θ(a | s, u, tips)   | π_old(a | s, u, tips), as sampled                |
-    | memory, off-policy | π_θ(a | s, u)         | π_old(a | s, u) recomputed, or as sampled (2)    |
+    | turn               | numerator             | denominator                                      | trained in |
+    | without memory     | π_θ(a | s, u)         | π_old(a | s, u), as sampled                      | trunk      |
+    | memory, on-policy  | π_θ(a | s, u, tips)   | π_old(a | s, u, tips), as sampled                | a branch   |
+    | memory, off-policy | π_θ(a | s, u)         | π_old(a | s, u) recomputed, or as sampled (2)    | trunk      |
     """
-    rows = []
-    for t, turn in enumerate(episode.turns):
-        prompt = episode.dialogue(t, tips=bool(turn.tips) and not turn.offpolicy)
-        outside, n = [0.0] * len(prompt), len(turn.action)
-        rows.append(Row(prompt + turn.action, [False] * len(prompt) + [True] * n, outside + turn.logps,
-                        outside + [advantage] * n, turn.offpolicy and s.denominator == "no-tips"))
-    return rows
+    trunk, branches = [(token, False, 0.0, False) for token in episode.prompt], []
+
+    def action(turn, train, recompute=False):
+        return ([(token, False, 0.0, False) for token in episode.header] +
+                [(token, train, logp if train else 0.0, recompute) for token, logp in zip(turn.action, turn.logps)])
+
+    for turn in episode.turns:
+        trunk += [(token, False, 0.0, False) for token in turn.observation]
+        with_tips = bool(turn.tips) and not turn.offpolicy
+        if with_tips:
+            branches.append((len(trunk), [(token, False, 0.0, False) for token in turn.tips] + action(turn, True)))
+        trunk += action(turn, not with_tips, turn.offpolicy and s.denominator == "no-tips")
+    cells = [(*cell, i, 0, i + 1) for i, cell in enumerate(trunk)]
+    for number, (fork, tokens) in enumerate(branches, 1):
+        cells += [(*cell, fork + i, number, fork) for i, cell in enumerate(tokens)]
+    ids, mask, old_logp, recompute, position, branch, seen = map(list, zip(*cells))
+    return Row(ids, position, branch, seen, mask, old_logp, recompute, advantage)
+
+
+def visibility(position, branch, trunk):
+    """Who sees whom: bool [B, L, L] (query, key) of rows [B, L]; padding has branch -1 and is seen by nobody.
+
+    >>> visibility(*torch.tensor([[[0, 1, 2, 1, 2]], [[0, 0, 0, 1, 1]], [[1, 2, 3, 1, 1]]])).int()[0]
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 0, 0, 1, 0],
+            [1, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    in_trunk = (branch == 0)[:, None, :] & (position[:, None, :] < trunk[:, :, None])
+    in_branch = (branch[:, None, :] == branch[:, :, None]) & (position[:, None, :] <= position[:, :, None])
+    return in_trunk | (in_branch & (branch > 0)[:, None, :])
 
 
 # --- Loss (Eq. 2) -----------------------------------------------------------------------------------------------
@@ -385,8 +417,9 @@ def hybrid_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.3
 def micro_batches(rows, budget):
     """Rows of similar length together, at most `budget` padded tokens each (a longer row stands alone)."""
     batch = []
-    for row in sorted(rows, key=lambda r: len(r.ids)):
-        if batch and (len(batch) + 1) * len(row.ids) > budget:
+    for row in sorted(rows, key=lambda r: (max(r.branch) > 0, len(r.ids))):  # without branches no mask is needed
+        longest = max(len(r.ids) for r in batch + [row])
+        if batch and (len(batch) + 1) * longest > budget:
             yield batch
             batch = []
         batch.append(row)
@@ -394,65 +427,76 @@ def micro_batches(rows, budget):
         yield batch
 
 
-def stack(rows, name, dtype=torch.float32, device="cpu"):
-    """[B, L] tensor of one field of the rows, right-padded with zeros."""
+def stack(rows, name, padding=0, device="cpu"):
+    """[B, L] tensor of one field of the rows, padded on the right."""
     width = max(len(row.ids) for row in rows)
-    return torch.tensor([getattr(r, name) + [0] * (width - len(r.ids)) for r in rows], dtype=dtype, device=device)
+    return torch.tensor([getattr(r, name) + [padding] * (width - len(r.ids)) for r in rows], device=device)
 
 
-def update(policy, optimizer, episodes, s, rng, progress=lambda text: None):
+def score(policy, rows, reference=False):
+    """(logp, entropy, mask), each [B, L], of a micro-batch under the current policy or the reference."""
+    mask, visible, position = stack(rows, "mask", False, policy.device), None, None
+    if any(max(r.branch) > 0 for r in rows):
+        position = stack(rows, "position", device=policy.device)
+        visible = visibility(position, stack(rows, "branch", -1, policy.device), stack(rows, "trunk", 1, policy.device))
+    return *policy.logprobs(stack(rows, "ids", device=policy.device), mask, position, visible, reference), mask
+
+
+def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: None):
     """One pass over the episodes, `minibatch_episodes` per optimiser step. Returns metrics (means over tokens).
 
     Raises FloatingPointError, before the weights are touched, if the loss or its gradient is not finite.
     """
+    policy.forget()  # the rollout's keys and values: their memory is needed, and the weights are about to change
     draw_update_modes(episodes, s, rng)
     returns = [intrinsic_return(e, s.intrinsic_coef) for e in episodes]
     advantages = group_advantages(returns, [e.group for e in episodes], s.advantage_eps).tolist()
-    per_episode = [training_rows(e, a, s) for e, a in zip(episodes, advantages)]
+    rows = [training_row(e, a, s) for e, a in zip(episodes, advantages)]
+    order = rng.permutation(len(rows))
+    steps = [[rows[i] for i in order[first:first + s.minibatch_episodes]]
+             for first in range(0, len(rows), s.minibatch_episodes)]
+    tokens = [sum(sum(r.mask) for r in step) for step in steps]  # one denominator for the whole optimiser step
+    if not s.beta:  # a zero advantage has no gradient, so its forward pass can be spared
+        steps = [[r for r in step if r.advantage] for step in steps]
+    steps = [(step, n) for step, n in zip(steps, tokens) if step]
+
     policy.model.eval()
-    with torch.no_grad():  # (2) before any step: π_old of the whole iteration is the policy that rolled out
-        for batch in micro_batches([r for rows in per_episode for r in rows if r.recompute], s.micro_tokens):
-            logp, _ = policy.logprobs([r.ids for r in batch], stack(batch, "mask", torch.bool))
-            for row, values in zip(batch, logp.tolist()):
-                row.old_logp = values[:len(row.ids)]
+    with torch.no_grad():  # (2) π_old of the whole iteration is the policy that rolled out; step 0 still is that policy
+        for batch in micro_batches([r for step, _ in steps[1:] for r in step if any(r.recompute)], s.micro_tokens):
+            for row, values in zip(batch, score(policy, batch)[0].tolist()):
+                row.old_logp = [new if replace else old
+                                for new, old, replace in zip(values, row.old_logp, row.recompute)]
     policy.model.train()
-    order, totals, learnt_tokens = rng.permutation(len(episodes)), Counter(), 0
-    norms, gap = [], 0.0
-    for first in range(0, len(order), s.minibatch_episodes):
-        rows = [r for i in order[first:first + s.minibatch_episodes] for r in per_episode[i]]
-        tokens = sum(map(sum, (r.mask for r in rows)))  # one denominator for the whole optimiser step
-        if not s.beta:  # a zero advantage has no gradient, so its forward pass can be spared
-            rows = [r for r in rows if any(r.advantage)]
-        if not rows:
-            continue
-        progress(f"update {first + 1}-{min(first + s.minibatch_episodes, len(order))}")
+    totals, norms, gap = Counter(), [], 0.0
+    for number, (step, n) in enumerate(steps):
+        progress("update", f"step {number + 1} of {len(steps)}")
         optimizer.zero_grad()
-        for batch in micro_batches(rows, s.micro_tokens):
-            ids, mask = [r.ids for r in batch], stack(batch, "mask", torch.bool, policy.device)
-            logp, entropy = policy.logprobs(ids, mask)
+        for batch in micro_batches(step, s.micro_tokens):
+            logp, entropy, mask = score(policy, batch)
+            old_logp = stack(batch, "old_logp", device=policy.device)
+            if number == 0:
+                old_logp = torch.where(stack(batch, "recompute", False, policy.device), logp.detach(), old_logp)
+                if s.denominator == "no-tips":  # nothing has moved yet: sampler's against trainer's arithmetic
+                    gap = max(gap, torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item())
             ref_logp = None
             if s.beta:
                 with torch.no_grad():
-                    ref_logp, _ = policy.logprobs(ids, mask, reference=True)
-            old_logp = stack(batch, "old_logp", device=policy.device)
+                    ref_logp = score(policy, batch, reference=True)[0]
             loss, metrics = hybrid_loss(
-                logp, old_logp, stack(batch, "advantage", device=policy.device), mask, clip_low=s.clip_low,
-                clip_high=s.clip_high, clip_c=s.clip_c, min_prob=s.min_prob, ref_logp=ref_logp, beta=s.beta,
-                denominator=tokens)
+                logp, old_logp, torch.tensor([[r.advantage] for r in batch], device=policy.device), mask,
+                clip_low=s.clip_low, clip_high=s.clip_high, clip_c=s.clip_c, min_prob=s.min_prob, ref_logp=ref_logp,
+                beta=s.beta, denominator=n)
             loss.backward()
-            metrics |= {"loss": loss.item(), "entropy": (entropy.sum() / tokens).item()}
-            totals.update({name: value * tokens for name, value in metrics.items()})
-            if not norms and s.denominator == "no-tips":
-                # Nothing has moved yet: what is left is the sampler's arithmetic against the trainer's.
-                gap = max(gap, torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item())
+            metrics |= {"loss": loss.item(), "entropy": (entropy.sum() / n).item()}
+            totals.update({name: value * n for name, value in metrics.items()})
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}; lower the learning rate or turn the "
                                      "low-probability mask on (--min_prob 0.0067)")
         optimizer.step()
         norms.append(norm)
-        learnt_tokens += sum(map(sum, (r.mask for r in rows)))
+    learnt = max(sum(sum(r.mask) for step, _ in steps for r in step), 1)
     groups = [[a for a, e in zip(advantages, episodes) if e.group == g] for g in {e.group for e in episodes}]
-    return {name: value / max(learnt_tokens, 1) for name, value in sorted(totals.items())} | {
+    return {name: value / learnt for name, value in sorted(totals.items())} | {
         "grad_norm": float(np.mean(norms or [0.0])), "optimizer_steps": len(norms), "sampler_gap": gap,
         "return": float(np.mean(returns)), "zero_variance_groups": float(np.mean([not any(g) for g in groups]))}

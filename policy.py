@@ -15,10 +15,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 END_OF_TURN = "<|im_end|>"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)  # what loading damaged files raises
+PREFILL_CHUNK = 512  # new tokens per row in one forward pass
+SLOT_BLOCK = 512  # the cache grows by this many tokens per row
 HEAD_CHUNK = 256  # action tokens whose [vocab] logits exist at the same time
 
 
@@ -36,8 +38,7 @@ class Policy:
         self.stop_ids = sorted(set(tokenizer.all_special_ids) | {self.end_id})
         self.header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
         self.max_positions = model.config.max_position_embeddings
-        # A checkpoint may carry a repetition penalty or top-k (Qwen2.5 does): sampling must be plain.
-        model.generation_config = GenerationConfig()
+        self.forget()
         check_chat_format(self)
 
     @classmethod
@@ -116,51 +117,58 @@ class Policy:
 
     # --- the model --------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def sample(self, contexts, max_tokens, temperature=None):
-        """Sample one continuation for each context.
+    def sample(self, contexts, max_tokens, rows=None):
+        """Sample one continuation for each context, at `self.temperature` (0 = greedy).
 
-        contexts: lists of ids, any lengths. temperature: None = the training temperature, 0 = greedy.
+        contexts: lists of ids, any lengths. rows: the number of each one's dialogue in the key-value cache. What a
+        context shares with the last one of its dialogue is not computed again and the rest is overwritten, so that
+        any change of the context is exact. None: nothing is kept.
         Returns (actions, logps): for each context the sampled ids, ending in a control token unless cut at
         `max_tokens`, and their log-probs [len(action)] under the distribution they were drawn from.
         """
-        self.model.eval()  # in train mode with gradient checkpointing the key-value cache is silently dropped
-        temperature = self.temperature if temperature is None else temperature
-        width = max(map(len, contexts))
-        ids = torch.tensor([[self.end_id] * (width - len(c)) + c for c in contexts], device=self.device)  # [B, L]
-        seen = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=self.device)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        self.model.eval()  # in train mode gradient checkpointing would recompute layers, and write the cache twice
+        cache = DialogueCache() if rows is None else self.cache
+        base, stop = self.model.get_base_model(), torch.tensor(self.stop_ids, device=self.device)
+        done = torch.zeros(len(contexts), dtype=torch.bool, device=self.device)
+        tokens, logps = [], []
         with self.autocast():
-            out = self.model.generate(
-                input_ids=ids, attention_mask=seen, return_dict_in_generate=True, output_logits=True,
-                generation_config=GenerationConfig(max_new_tokens=max_tokens, eos_token_id=self.stop_ids,
-                                                   pad_token_id=self.end_id, **sampling))
-        new = out.sequences[:, width:]  # [B, T]
-        logps = torch.stack([(step.float() / (temperature or 1.0)).log_softmax(-1).gather(1, new[:, t, None])[:, 0]
-                             for t, step in enumerate(out.logits)], 1)  # [B, T]
+            hidden = cache.extend(base.model, contexts, range(len(contexts)) if rows is None else rows)  # [B, d]
+            while True:
+                logp = (base.lm_head(hidden).float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, vocab]
+                token = logp.exp().multinomial(1) if self.temperature else logp.argmax(-1, keepdim=True)  # [B, 1]
+                tokens.append(token)
+                logps.append(logp.gather(1, token))
+                done |= torch.isin(token[:, 0], stop)
+                if len(tokens) == max_tokens or done.all():
+                    break
+                hidden = cache.append(base.model, token, done)
         actions, behaviour = [], []
-        for row, logp in zip(new.tolist(), logps.tolist()):
-            # By position, not by value: a pad that equals the end of turn cannot lengthen or shorten an action.
+        for row, logp in zip(torch.cat(tokens, 1).tolist(), torch.cat(logps, 1).tolist()):
+            # By position, not by value: what a finished row went on to draw is not part of its action.
             length = next((i + 1 for i, token in enumerate(row) if token in self.stop_ids), len(row))
             actions.append(row[:length])
             behaviour.append(logp[:length])
         return actions, behaviour
 
-    def logprobs(self, ids, mask, reference=False):
+    def forget(self):
+        """Free the key-value cache. Must follow every change of the weights."""
+        self.cache = DialogueCache()
+
+    def logprobs(self, ids, mask, positions=None, visible=None, reference=False):
         """Log-probs of given tokens at the training temperature.
 
-        ids: list of B id lists, right-padded here to L. mask: bool [B, L], True where the token is an action's.
-        Returns (logp [B, L], entropy [B, L]), zero outside the mask; logp[b, i] = log π(ids[b][i] | ids[b][:i]).
+        ids: [B, L] padded on the right; mask: bool [B, L], True where the token is an action's.
+        positions [B, L] and visible [B, L, L] (bool: query, key) describe rows that branch; None = plain sequences.
+        Returns (logp [B, L], entropy [B, L]), zero outside the mask; logp[b, i] = log π(ids[b, i] | what i-1 sees).
         The [vocab] logits are made for action tokens alone, `HEAD_CHUNK` at a time.
         """
-        width = mask.shape[1]
-        tokens = torch.tensor([row + [self.end_id] * (width - len(row)) for row in ids], device=self.device)
-        seen = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=self.device)
-        mask = mask.to(self.device)
         base = self.model.get_base_model()
         with self.autocast(), self.model.disable_adapter() if reference else nullcontext():
-            hidden = base.model(input_ids=tokens, attention_mask=seen, use_cache=False).last_hidden_state
+            # Padding on the right needs no mask: causality alone keeps it from everything that counts.
+            hidden = base.model(input_ids=ids, position_ids=positions, use_cache=False, attention_mask=(
+                None if visible is None else visible[:, None])).last_hidden_state
             before = hidden[:, :-1][mask[:, 1:]]  # [n, d]: the state that predicts each action token
-            targets = tokens[:, 1:][mask[:, 1:]]  # [n]
+            targets = ids[:, 1:][mask[:, 1:]]  # [n]
 
             def head(h, target):
                 logp = (base.lm_head(h).float() / self.temperature).log_softmax(-1)  # [chunk, vocab]
@@ -185,6 +193,99 @@ class Policy:
     def save(self, folder):
         """Write the adapter so that `PeftModel.from_pretrained(base, folder)` loads it."""
         self.model.save_pretrained(folder)
+
+
+class DialogueCache:
+    """Keys and values of many dialogues, kept from turn to turn; passed to the model as `past_key_values`.
+
+    Token i of a dialogue lies in slot i, so "a query at position p sees slots 0...p" is the whole mask: slots beyond p
+    may hold anything (tips of an earlier turn, a longer action) and are overwritten when their position comes.
+
+    >>> DialogueCache.shared([1, 2, 3, 9], [1, 2, 3, 4, 5])
+    3
+    """
+
+    def __init__(self):
+        self.layers, self.size = {}, (0, 0)  # layer -> [keys, values], each [rows, slots, heads, d]; (rows, slots)
+        self.order, self.held = [], []  # row number of the dialogue at each index, and the ids it holds
+
+    @staticmethod
+    def shared(held, context):
+        """Length of the common prefix; at least the last token is left, whose state is wanted."""
+        most = min(len(held), len(context) - 1)
+        return next((i for i in range(most) if held[i] != context[i]), most)
+
+    def extend(self, model, contexts, rows):
+        """Make each dialogue hold its context -> states [B, d] of the last tokens."""
+        self.arrange(rows)
+        start = [self.shared(held, context) for held, context in zip(self.held, contexts)]
+        new = [context[s:] for context, s in zip(contexts, start)]
+        self.held[:len(contexts)] = [list(c) for c in contexts]
+        last, states = torch.tensor([len(n) - 1 for n in new]), None
+        for first in range(0, max(map(len, new)), PREFILL_CHUNK):
+            part = [n[first:first + PREFILL_CHUNK] for n in new]
+            width = max(map(len, part))
+            hidden = self.forward(
+                model, torch.tensor([p + [0] * (width - len(p)) for p in part]),
+                torch.tensor([[s + first + i if i < len(p) else -1 for i in range(width)]
+                              for s, p in zip(start, part)]))
+            here = hidden[torch.arange(len(part)), (last - first).clamp(0, width - 1)]
+            inside = ((last >= first) & (last < first + width)).to(hidden.device)[:, None]
+            states = here if states is None else torch.where(inside, here, states)
+        return states
+
+    def append(self, model, token, done):
+        """Add one sampled token [B, 1] to each dialogue that is not done -> states [B, d]."""
+        positions = torch.tensor([[-1] if d else [len(h)] for h, d in zip(self.held, done.tolist())])
+        for held, value, d in zip(self.held, token[:, 0].tolist(), done.tolist()):
+            if not d:
+                held.append(value)
+        return self.forward(model, token, positions)[:, 0]
+
+    def forward(self, model, ids, positions):
+        """States [B, n, d] of new tokens [B, n] at the given positions [B, n]; -1 = padding."""
+        device = model.device
+        self.width = int(positions.max()) + 1
+        self.grow(0, self.width + 1)
+        # Padding goes to the last slot, which no query is ever allowed to see.
+        self.slots = torch.where(positions < 0, -1, positions).to(device)
+        seen = torch.arange(self.width, device=device) <= self.slots[..., None].clamp(min=0)  # [B, n, width]
+        return model(input_ids=ids.to(device), position_ids=self.slots.clamp(min=0), attention_mask=seen[:, None],
+                     past_key_values=self, use_cache=True).last_hidden_state
+
+    def update(self, keys, values, layer):
+        """Called by the attention layers: store keys and values [B, heads, n, d], return those of all slots."""
+        batch, heads, _, d = keys.shape
+        if layer not in self.layers:  # zeros: what is masked may be anything but NaN
+            self.layers[layer] = [torch.zeros(*self.size, heads, d, dtype=new.dtype, device=new.device)
+                                  for new in (keys, values)]
+        row = torch.arange(batch, device=keys.device)[:, None]
+        for store, new in zip(self.layers[layer], (keys, values)):
+            store[row, self.slots] = new.transpose(1, 2)
+        return tuple(store[:batch, :self.width].transpose(1, 2) for store in self.layers[layer])
+
+    def grow(self, rows, slots):
+        """Make room for so many dialogues of so many tokens."""
+        old, self.size = self.size, (max(rows, self.size[0]), max(-(-slots // SLOT_BLOCK) * SLOT_BLOCK, self.size[1]))
+        if self.size != old:
+            more = (0, 0, 0, 0, 0, self.size[1] - old[1], 0, self.size[0] - old[0])
+            for pair in self.layers.values():  # one tensor after another: never two whole caches
+                for i in range(2):
+                    pair[i] = torch.nn.functional.pad(pair[i], more)
+
+    def arrange(self, rows):
+        """Bring the dialogues of a batch to the front, so that the batch is a view and finished ones cost nothing."""
+        for row in set(rows) - set(self.order):
+            self.order.append(row)
+            self.held.append([])
+        self.grow(len(self.order), 0)
+        for i, row in enumerate(rows):
+            j = self.order.index(row)
+            if i != j:
+                for store in (t for pair in self.layers.values() for t in pair):
+                    store[[i, j]] = store[[j, i]]
+                self.order[i], self.order[j] = self.order[j], self.order[i]
+                self.held[i], self.held[j] = self.held[j], self.held[i]
 
 
 def check_chat_format(policy):
