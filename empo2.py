@@ -173,17 +173,17 @@ def memory_text(episode, observation, key):  # (6)
     return f"{episode.task_text}\n{observation}" if key == "state" else episode.task_text
 
 
-def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progress=lambda text: None):
+def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progress=lambda phase, text: None):
     """Play one episode per job, `len(envs)` at a time and in lock-step, drawing the rollout mode of each turn.
+    A generator of finished episodes, a list for each time the environments were used.
 
     jobs: (task, variation, group) triples. memory, novelty: stores with `retrieve` and `visit`. embed: texts ->
     [n, d] unit rows. env_fault: the exception of a simulator that died; its episode is dropped, never scored.
-    Returns (episodes, number dropped). Raises RuntimeError when a simulator cannot be started five times in a row.
+    Raises RuntimeError when a simulator cannot be started five times in a row.
     """
-    episodes, dropped = [], 0
     whole_batch = rng.random() < s.memory_prob  # (1)
     for first in range(0, len(jobs), len(envs)):
-        live = []
+        live, finished = [], []
         for env, (task, variation, group) in zip(envs, jobs[first:first + len(envs)]):
             for attempt in range(1, 6):
                 try:
@@ -197,7 +197,7 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
             live.append([episode, env, observation, rng.random() < s.memory_prob])
         visit_states(live, novelty, embed, s)  # the first states are seen, and nobody's merit
         while live:
-            progress(f"turn {max(len(entry[0].turns) for entry in live) + 1}")
+            progress("rollout", f"turn {max(len(entry[0].turns) for entry in live) + 1}")
             keys = embed([memory_text(e, observation, s.memory_key) for e, _, observation, _ in live])
             playing, contexts = [], []
             for entry, key in zip(live, keys):
@@ -213,7 +213,7 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
                                          f"({-room} tokens short); raise it")
                     episode.turns.pop()
                     episode.ended = "context full"
-                    episodes.append(episode)
+                    finished.append(episode)
                     continue
                 drawn = {"turn": rng.random() < s.memory_prob, "episode": whole_episode, "batch": whole_batch}
                 tips = memory.retrieve(key, memory_slot(episode, s.memory_scope)) if drawn[s.mode_level] else []
@@ -224,9 +224,7 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
                 turn.texts["tips"] = tips
                 playing.append(entry)
                 contexts.append(episode.dialogue(len(episode.turns) - 1, tips=True))
-            if not playing:
-                break
-            for entry, action, logps in zip(playing, *policy.sample(contexts, s.action_tokens)):
+            for entry, action, logps in zip(playing, *(policy.sample(contexts, s.action_tokens) if playing else ([], []))):
                 turn = entry[0].turns[-1]
                 turn.action, turn.logps = action, logps
             live = []
@@ -235,7 +233,6 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
                 try:
                     entry[2], turn.reward, terminated, truncated, info = env.step(policy.decode(turn.action))
                 except env_fault:
-                    dropped += 1
                     continue
                 turn.texts["action"] = info["action"]
                 episode.score = info["score"]
@@ -244,9 +241,9 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
             visit_states(live, novelty, embed, s)
             for entry in live:
                 entry[0].turns[-1].texts["next"] = entry[2]
-            episodes += [entry[0] for entry in live if entry[0].ended]
+            finished += [entry[0] for entry in live if entry[0].ended]
             live = [entry for entry in live if not entry[0].ended]
-    return episodes, dropped
+        yield finished
 
 
 def tips_message(policy, tips):
@@ -263,25 +260,24 @@ def visit_states(live, novelty, embed, s):
             entry[0].turns[-1].novelty = reward
 
 
-def write_tips(policy, episodes, memory, embed, s):
+def write_tips(policy, episodes, memory, embed, s, progress=lambda phase, text: None):
     """The same policy sums each whole episode up in one sentence, which goes to the memory (§4.1; 6, 8).
 
     The dialogue it is shown is the tip-free one. At most 99 words are kept; an empty tip is not stored.
     """
+    progress("tips", f"{len(episodes)} episodes")
     requests = []
     for e in episodes:
         turns, last = e.turns, e.turns[-1]
         seen = e.dialogue(len(turns) - 1) + last.action + policy.closing(last.action)
         final = f"{last.texts['next']}\n\n" if last.texts["next"] else ""
         requests.append(seen + policy.message("user", final + TIP_REQUEST.format(score=e.score)) + policy.header)
-    for first in range(0, len(episodes), s.rollout_batch):
-        batch = episodes[first:first + s.rollout_batch]
-        tips, _ = policy.sample(requests[first:first + s.rollout_batch], s.tip_tokens)
-        keys = embed([memory_text(e, e.turns[-1].texts["next"], s.memory_key) for e in batch])
-        for e, ids, key in zip(batch, tips, keys):
-            e.tip = " ".join(policy.decode(ids).split()[:99])
-            if e.tip:
-                memory.add(key, e.tip, e.score, memory_slot(e, s.memory_scope))
+    tips, _ = policy.sample(requests, s.tip_tokens) if requests else ([], [])
+    keys = embed([memory_text(e, e.turns[-1].texts["next"], s.memory_key) for e in episodes])
+    for e, ids, key in zip(episodes, tips, keys):
+        e.tip = " ".join(policy.decode(ids).split()[:99])
+        if e.tip:
+            memory.add(key, e.tip, e.score, memory_slot(e, s.memory_scope))
 
 
 # --- Advantages (§2) and update modes (§4.2) --------------------------------------------------------------------
@@ -400,7 +396,7 @@ def stack(rows, name, dtype=torch.float32, device="cpu"):
     return torch.tensor([getattr(r, name) + [0] * (width - len(r.ids)) for r in rows], dtype=dtype, device=device)
 
 
-def update(policy, optimizer, episodes, s, rng, progress=lambda text: None):
+def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: None):
     """One pass over the episodes, `minibatch_episodes` per optimiser step. Returns metrics (means over tokens).
 
     Raises FloatingPointError, before the weights are touched, if the loss or its gradient is not finite.
@@ -409,6 +405,7 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda text: None):
     returns = [intrinsic_return(e, s.intrinsic_coef) for e in episodes]
     advantages = group_advantages(returns, [e.group for e in episodes], s.advantage_eps).tolist()
     per_episode = [training_rows(e, a, s) for e, a in zip(episodes, advantages)]
+    progress("update", "old log-probs")
     policy.model.eval()
     with torch.no_grad():  # (2) before any step: π_old of the whole iteration is the policy that rolled out
         for batch in micro_batches([r for rows in per_episode for r in rows if r.recompute], s.micro_tokens):
@@ -425,7 +422,7 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda text: None):
             rows = [r for r in rows if any(r.advantage)]
         if not rows:
             continue
-        progress(f"update {first + 1}-{min(first + s.minibatch_episodes, len(order))}")
+        progress("update", f"episodes {first + 1}-{min(first + s.minibatch_episodes, len(order))}")
         optimizer.zero_grad()
         for batch in micro_batches(rows, s.micro_tokens):
             ids, mask = [r.ids for r in batch], stack(batch, "mask", torch.bool, policy.device)

@@ -45,3 +45,29 @@ def write_checkpoint(folder, hidden=64, layers=2, vocab=400, pad="<|endoftext|>"
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("qwen2"))
+
+
+# What tests ask of the training rows, whatever their layout.
+def score(policy, prompts, actions, **options):
+    """Log-probs of each action after its prompt, each pair on its own."""
+    rows = [p + a for p, a in zip(prompts, actions)]
+    width = max(map(len, rows))
+    mask = torch.tensor([[len(p) <= i < len(r) for i in range(width)] for p, r in zip(prompts, rows)])
+    logp, _ = policy.logprobs(rows, mask, **options)
+    return [logp[b, len(p):len(r)] for b, (p, r) in enumerate(zip(prompts, rows))]
+
+
+def trained_actions(episode, advantage, settings):
+    """[(prompt, action, old log-probs, advantage, to be recomputed?)] of an episode's turns: what the loss is made of."""
+    import empo2
+    return [(row.ids[:row.mask.index(True)], row.ids[row.mask.index(True):], row.old_logp[row.mask.index(True):],
+             row.advantage[-1], row.recompute) for row in empo2.training_rows(episode, advantage, settings)]
+
+
+def numerators(policy, episode, settings):
+    """The update's own log-probs of each turn's action, a list of [len(action)]."""
+    import empo2
+    rows = empo2.training_rows(episode, 1.0, settings)
+    mask = empo2.stack(rows, "mask", torch.bool)
+    logp, _ = policy.logprobs([r.ids for r in rows], mask)
+    return [values[m] for values, m in zip(logp, mask)]
