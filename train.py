@@ -14,6 +14,7 @@ A run leaves in its directory (default runs/ENV-TASK-SEED):
 """
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import resource
@@ -50,35 +51,34 @@ def train(s, run_dir, start=0):
     run_dir.mkdir(parents=True, exist_ok=True)  # not before everything is loaded: bad input leaves nothing behind
     (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
     interrupted = finish_on_interrupt()
-    bar = tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True)
-    for iteration in range(start, s.iterations + 1):
-        if iteration % s.save_every == 0 or iteration == s.iterations or interrupted:
-            save_checkpoint(run_dir, iteration, parts, s)
-        if iteration == s.iterations or interrupted:
-            break
-        # Each iteration has its own seeds, so a resumed run draws what the uninterrupted one would have drawn.
-        rng = np.random.default_rng([s.seed, iteration])
-        torch.manual_seed(int(rng.integers(2 ** 62)))
-        clock = Clock(bar)
-        # --- Algorithm 1 ---
-        jobs, episodes = draw_jobs(pool, s, rng), []
-        for played in empo2.rollout(policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault, clock):
-            if s.memory_prob:
-                empo2.write_tips(policy, played, tips, embed, s, clock)
-            episodes += played
-        if not episodes:
-            raise RuntimeError("every episode of an iteration was lost to simulator faults")
-        learnt = empo2.update(policy, optimizer, episodes, s, rng, clock)
-        # -------------------
-        metrics = {"iteration": iteration, **rollout_metrics(episodes, len(jobs), tips, novelty), **learnt,
-                   **clock.split()}
-        append(run_dir / "metrics.jsonl", [metrics])
-        append(run_dir / "episodes.jsonl", [transcript(iteration, e) for e in episodes])
-        bar.update()
-        bar.set_postfix(score=f"{metrics['score']:.1f}", best=f"{metrics['score_best']:.0f}",
-                        tips=len(tips), kl=f"{metrics.get('approx_kl', 0):.4f}")
-    bar.close()
-    return s.iterations if not interrupted else iteration
+    with tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True) as bar:
+        for iteration in range(start, s.iterations + 1):
+            if iteration % s.save_every == 0 or iteration == s.iterations or interrupted:
+                save_checkpoint(run_dir, iteration, parts, s)
+            if iteration == s.iterations or interrupted:
+                break
+            # Each iteration has its own seeds, so a resumed run draws what the uninterrupted one would have drawn.
+            rng = np.random.default_rng([s.seed, iteration])
+            torch.manual_seed(int(rng.integers(2 ** 62)))
+            clock = Clock(bar)
+            # --- Algorithm 1 ---
+            jobs, episodes = draw_jobs(pool, s, rng), []
+            for played in empo2.rollout(policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault, clock):
+                if s.memory_prob:
+                    empo2.write_tips(policy, played, tips, embed, s, clock)
+                episodes += played
+            if not episodes:
+                raise RuntimeError("every episode of an iteration was lost to simulator faults")
+            learnt = empo2.update(policy, optimizer, episodes, s, rng, clock)
+            # -------------------
+            metrics = {"iteration": iteration, **rollout_metrics(episodes, len(jobs), tips, novelty), **learnt,
+                       **clock.split()}
+            append(run_dir / "metrics.jsonl", [metrics])
+            append(run_dir / "episodes.jsonl", [transcript(iteration, e) for e in episodes])
+            bar.update()
+            bar.set_postfix(score=f"{metrics['score']:.1f}", best=f"{metrics['score_best']:.0f}",
+                            tips=len(tips), kl=f"{metrics.get('approx_kl', 0):.4f}")
+    return iteration
 
 
 @dataclasses.dataclass
@@ -260,7 +260,10 @@ def parse(argv):
     """Settings from the command line; on --resume from the run, which may only be made longer."""
     parser = HfArgumentParser(empo2.Settings, description=__doc__, allow_abbrev=False,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    s, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], list(parser._option_string_actions))
+        raise ValueError(f"unknown setting {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
     s, reasons = hardware_defaults(s)
     run_dir = Path(s.run_dir)
     if not s.resume:
@@ -313,6 +316,8 @@ def main(argv=None):
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
 
 
