@@ -262,7 +262,7 @@ def parse(argv):
                               formatter_class=argparse.RawDescriptionHelpFormatter)
     s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        close = difflib.get_close_matches(unknown[0], list(parser._option_string_actions))
+        close = difflib.get_close_matches(unknown[0], list(parser._option_string_actions), cutoff=0.75)
         raise ValueError(f"unknown setting {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
     s, reasons = hardware_defaults(s)
     run_dir = Path(s.run_dir)
