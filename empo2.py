@@ -137,6 +137,7 @@ class Episode:
     score: float = 0.0  # final score, -100...100
     ended: str = ""  # "completed", "step limit" or "context full"
     tip: str = ""  # the policy's own summary of the episode
+    row: int = 0  # number of its dialogue in the policy's key-value cache
 
     def dialogue(self, t, tips=False):
         """Ids of the prompt of action t: the dialogue so far, with the tips of turn t only if asked for.
@@ -173,18 +174,19 @@ def memory_text(episode, observation, key):  # (6)
     return f"{episode.task_text}\n{observation}" if key == "state" else episode.task_text
 
 
-def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progress=lambda text: None):
+def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progress=lambda phase, text: None):
     """Play one episode per job, `len(envs)` at a time and in lock-step, drawing the rollout mode of each turn.
+    A generator of finished episodes, a list for each time the environments were used.
 
     jobs: (task, variation, group) triples. memory, novelty: stores with `retrieve` and `visit`. embed: texts ->
     [n, d] unit rows. env_fault: the exception of a simulator that died; its episode is dropped, never scored.
-    Returns (episodes, number dropped). Raises RuntimeError when a simulator cannot be started five times in a row.
+    Raises RuntimeError when a simulator cannot be started five times in a row.
     """
-    episodes, dropped = [], 0
     whole_batch = rng.random() < s.memory_prob  # (1)
+    policy.forget()  # keys and values of other weights
     for first in range(0, len(jobs), len(envs)):
-        live = []
-        for env, (task, variation, group) in zip(envs, jobs[first:first + len(envs)]):
+        live, finished = [], []
+        for row, (env, (task, variation, group)) in enumerate(zip(envs, jobs[first:first + len(envs)])):
             for attempt in range(1, 6):
                 try:
                     observation, info = env.reset(task, variation)
@@ -193,11 +195,11 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
                     if attempt == 5:
                         raise RuntimeError(f"the simulator failed to start five times in a row: {fault}") from fault
             episode = Episode(task, variation, group, policy.message("system", info["prompt"]), policy.header,
-                              info["task"])
+                              info["task"], row=row)
             live.append([episode, env, observation, rng.random() < s.memory_prob])
         visit_states(live, novelty, embed, s)  # the first states are seen, and nobody's merit
         while live:
-            progress(f"turn {max(len(entry[0].turns) for entry in live) + 1}")
+            progress("rollout", f"turn {max(len(entry[0].turns) for entry in live) + 1}")
             keys = embed([memory_text(e, observation, s.memory_key) for e, _, observation, _ in live])
             playing, contexts = [], []
             for entry, key in zip(live, keys):
@@ -213,7 +215,7 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
                                          f"({-room} tokens short); raise it")
                     episode.turns.pop()
                     episode.ended = "context full"
-                    episodes.append(episode)
+                    finished.append(episode)
                     continue
                 drawn = {"turn": rng.random() < s.memory_prob, "episode": whole_episode, "batch": whole_batch}
                 tips = memory.retrieve(key, memory_slot(episode, s.memory_scope)) if drawn[s.mode_level] else []
@@ -224,9 +226,7 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
                 turn.texts["tips"] = tips
                 playing.append(entry)
                 contexts.append(episode.dialogue(len(episode.turns) - 1, tips=True))
-            if not playing:
-                break
-            for entry, action, logps in zip(playing, *policy.sample(contexts, s.action_tokens)):
+            for entry, action, logps in zip(playing, *sample(policy, contexts, s.action_tokens, [entry[0] for entry in playing])):
                 turn = entry[0].turns[-1]
                 turn.action, turn.logps = action, logps
             live = []
@@ -235,7 +235,6 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
                 try:
                     entry[2], turn.reward, terminated, truncated, info = env.step(policy.decode(turn.action))
                 except env_fault:
-                    dropped += 1
                     continue
                 turn.texts["action"] = info["action"]
                 episode.score = info["score"]
@@ -244,9 +243,14 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
             visit_states(live, novelty, embed, s)
             for entry in live:
                 entry[0].turns[-1].texts["next"] = entry[2]
-            episodes += [entry[0] for entry in live if entry[0].ended]
+            finished += [entry[0] for entry in live if entry[0].ended]
             live = [entry for entry in live if not entry[0].ended]
-    return episodes, dropped
+        yield finished
+
+
+def sample(policy, contexts, max_tokens, episodes):
+    """Actions and log-probs, continuing the dialogues of these episodes in the policy's cache."""
+    return policy.sample(contexts, max_tokens, rows=[e.row for e in episodes]) if contexts else ([], [])
 
 
 def tips_message(policy, tips):
@@ -263,25 +267,24 @@ def visit_states(live, novelty, embed, s):
             entry[0].turns[-1].novelty = reward
 
 
-def write_tips(policy, episodes, memory, embed, s):
+def write_tips(policy, episodes, memory, embed, s, progress=lambda phase, text: None):
     """The same policy sums each whole episode up in one sentence, which goes to the memory (§4.1; 6, 8).
 
     The dialogue it is shown is the tip-free one. At most 99 words are kept; an empty tip is not stored.
     """
+    progress("tips", f"{len(episodes)} episodes")
     requests = []
     for e in episodes:
         turns, last = e.turns, e.turns[-1]
         seen = e.dialogue(len(turns) - 1) + last.action + policy.closing(last.action)
         final = f"{last.texts['next']}\n\n" if last.texts["next"] else ""
         requests.append(seen + policy.message("user", final + TIP_REQUEST.format(score=e.score)) + policy.header)
-    for first in range(0, len(episodes), s.rollout_batch):
-        batch = episodes[first:first + s.rollout_batch]
-        tips, _ = policy.sample(requests[first:first + s.rollout_batch], s.tip_tokens)
-        keys = embed([memory_text(e, e.turns[-1].texts["next"], s.memory_key) for e in batch])
-        for e, ids, key in zip(batch, tips, keys):
-            e.tip = " ".join(policy.decode(ids).split()[:99])
-            if e.tip:
-                memory.add(key, e.tip, e.score, memory_slot(e, s.memory_scope))
+    tips, _ = sample(policy, requests, s.tip_tokens, episodes)
+    keys = embed([memory_text(e, e.turns[-1].texts["next"], s.memory_key) for e in episodes])
+    for e, ids, key in zip(episodes, tips, keys):
+        e.tip = " ".join(policy.decode(ids).split()[:99])
+        if e.tip:
+            memory.add(key, e.tip, e.score, memory_slot(e, s.memory_scope))
 
 
 # --- Advantages (§2) and update modes (§4.2) --------------------------------------------------------------------

@@ -40,17 +40,18 @@ def figures(episodes):
     return {name: round(float(value), 4) for name, value in zip(FIGURES, values)}
 
 
-def evaluate(policy, s, split="test", variations=20, episodes=4, progress=lambda text: None):
+def evaluate(policy, s, split="test", variations=20, episodes=4, progress=lambda phase, text: None):
     """Play `episodes` of the first `variations` of each of the settings' tasks without memory and without learning.
 
-    Returns ({task: figures and variations}, all episodes). Everything is drawn from the settings' seed.
+    Returns ({task: figures and variations}, all episodes, number dropped). Everything is drawn from the settings' seed.
     """
     s = dataclasses.replace(s, memory_prob=0.0, variations=variations, tasks_per_iteration=None, group_size=episodes)
     torch.manual_seed(s.seed)
     simulators, pool = train.make_envs(s, split)
     jobs = [(task, v, i) for i, (task, v) in enumerate(pool) for _ in range(episodes)]
-    played, dropped = empo2.rollout(policy, simulators, jobs, None, None, lambda texts: [None] * len(texts), s,
-                                    np.random.default_rng(s.seed), envs.EnvFault, progress)
+    waves = empo2.rollout(policy, simulators, jobs, None, None, lambda texts: [None] * len(texts), s,
+                          np.random.default_rng(s.seed), envs.EnvFault, progress)
+    played = [episode for wave in waves for episode in wave]
     for simulator in simulators:
         simulator.close()
     table = {}
@@ -58,7 +59,7 @@ def evaluate(policy, s, split="test", variations=20, episodes=4, progress=lambda
         mine = [e for e in played if e.task == task]
         if mine:
             table[task] = figures(mine) | {"episodes": len(mine), "variations": sum(t == task for t, _ in pool)}
-    return table, played, dropped
+    return table, played, len(jobs) - len(played)
 
 
 def main(argv=None):
@@ -99,7 +100,7 @@ def main(argv=None):
         policy.temperature = args.temperature
         with tqdm(desc="evaluating", bar_format="{desc} {elapsed}") as bar:
             table, played, dropped = evaluate(policy, s, args.split, args.variations, args.episodes,
-                                              lambda text: bar.set_description(f"evaluating {text}"))
+                                              lambda phase, text: bar.set_description(f"evaluating {text}"))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ A run leaves in its directory (default runs/ENV-TASK-SEED):
 """
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import resource
@@ -50,36 +51,34 @@ def train(s, run_dir, start=0):
     run_dir.mkdir(parents=True, exist_ok=True)  # not before everything is loaded: bad input leaves nothing behind
     (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
     interrupted = finish_on_interrupt()
-    bar = tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True)
-    for iteration in range(start, s.iterations + 1):
-        if iteration % s.save_every == 0 or iteration == s.iterations or interrupted:
-            save_checkpoint(run_dir, iteration, parts, s)
-        if iteration == s.iterations or interrupted:
-            break
-        # Each iteration has its own seeds, so a resumed run draws what the uninterrupted one would have drawn.
-        rng = np.random.default_rng([s.seed, iteration])
-        torch.manual_seed(int(rng.integers(2 ** 62)))
-        clock = Clock(bar)
-        # --- Algorithm 1 ---
-        jobs = draw_jobs(pool, s, rng)
-        episodes, dropped = empo2.rollout(policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault,
-                                          clock.phase("rollout"))
-        if not episodes:
-            raise RuntimeError("every episode of an iteration was lost to simulator faults; see --help on --resume")
-        if s.memory_prob:
-            clock.phase("tips")("writing tips")
-            empo2.write_tips(policy, episodes, tips, embed, s)
-        learnt = empo2.update(policy, optimizer, episodes, s, rng, clock.phase("update"))
-        # -------------------
-        metrics = {"iteration": iteration, **rollout_metrics(episodes, dropped, tips, novelty), **learnt,
-                   **clock.split()}
-        append(run_dir / "metrics.jsonl", [metrics])
-        append(run_dir / "episodes.jsonl", [transcript(iteration, e) for e in episodes])
-        bar.update()
-        bar.set_postfix(score=f"{metrics['score']:.1f}", best=f"{metrics['score_best']:.0f}",
-                        tips=len(tips), kl=f"{metrics.get('approx_kl', 0):.4f}")
-    bar.close()
-    return s.iterations if not interrupted else iteration
+    with tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True) as bar:
+        for iteration in range(start, s.iterations + 1):
+            if iteration % s.save_every == 0 or iteration == s.iterations or interrupted:
+                save_checkpoint(run_dir, iteration, parts, s)
+            if iteration == s.iterations or interrupted:
+                break
+            # Each iteration has its own seeds, so a resumed run draws what the uninterrupted one would have drawn.
+            rng = np.random.default_rng([s.seed, iteration])
+            torch.manual_seed(int(rng.integers(2 ** 62)))
+            clock = Clock(bar)
+            # --- Algorithm 1 ---
+            jobs, episodes = draw_jobs(pool, s, rng), []
+            for played in empo2.rollout(policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault, clock):
+                if s.memory_prob:
+                    empo2.write_tips(policy, played, tips, embed, s, clock)
+                episodes += played
+            if not episodes:
+                raise RuntimeError("every episode of an iteration was lost to simulator faults")
+            learnt = empo2.update(policy, optimizer, episodes, s, rng, clock)
+            # -------------------
+            metrics = {"iteration": iteration, **rollout_metrics(episodes, len(jobs), tips, novelty), **learnt,
+                       **clock.split()}
+            append(run_dir / "metrics.jsonl", [metrics])
+            append(run_dir / "episodes.jsonl", [transcript(iteration, e) for e in episodes])
+            bar.update()
+            bar.set_postfix(score=f"{metrics['score']:.1f}", best=f"{metrics['score_best']:.0f}",
+                            tips=len(tips), kl=f"{metrics.get('approx_kl', 0):.4f}")
+    return iteration
 
 
 @dataclasses.dataclass
@@ -153,7 +152,7 @@ def draw_jobs(pool, s, rng):
 
 
 # --- The record -------------------------------------------------------------------------------------------------
-def rollout_metrics(episodes, dropped, tips, novelty):
+def rollout_metrics(episodes, jobs, tips, novelty):
     turns = [turn for e in episodes for turn in e.turns]
     with_tips = [turn for turn in turns if turn.tips]
     scores = [e.score for e in episodes]
@@ -161,7 +160,7 @@ def rollout_metrics(episodes, dropped, tips, novelty):
         "score": float(np.mean(scores)), "score_best": max(scores), "score_std": float(np.std(scores)),
         "success": float(np.mean([score == 100 for score in scores])),
         "intrinsic": float(np.mean([sum(t.novelty for t in e.turns) for e in episodes])),
-        "episodes": len(episodes), "episodes_dropped": dropped, "turns": len(turns),
+        "episodes": len(episodes), "episodes_dropped": jobs - len(episodes), "turns": len(turns),
         "context_full": sum(e.ended == "context full" for e in episodes),
         "memory_turns": len(with_tips), "tips_per_memory_turn":
             float(np.mean([len(t.texts["tips"]) for t in with_tips])) if with_tips else 0.0,
@@ -186,28 +185,25 @@ def transcript(iteration, e):
 
 
 class Clock:
-    """Seconds spent in each phase, shown in the progress bar as it goes."""
+    """Seconds spent in each phase; called with (phase, text), it shows both in the progress bar."""
 
     def __init__(self, bar):
-        self.bar, self.times, self.name, self.since = bar, {}, None, 0.0
+        self.bar, self.seconds, self.phase, self.since = bar, {}, "", time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def phase(self, name):
-        self.stop()
-        self.name, self.since = name, time.perf_counter()
-        return lambda text: self.bar.set_description(f"EMPO² {name}: {text}" if text != name else f"EMPO² {name}")
-
-    def stop(self):
-        if self.name:
-            self.times[self.name] = self.times.get(self.name, 0) + time.perf_counter() - self.since
+    def __call__(self, phase, text=""):
+        now = time.perf_counter()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0) + now - self.since
+        self.phase, self.since = phase, now
+        self.bar.set_description(f"EMPO² {phase}: {text}" if phase else "EMPO²")
 
     def split(self):
-        self.stop()
-        self.bar.set_description("EMPO²")
+        self("")
         peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return {f"seconds_{name}": round(t, 2) for name, t in self.times.items()} | {"peak_memory_gb": round(peak / 1e9, 3)}
+        return {f"seconds_{phase}": round(t, 2) for phase, t in self.seconds.items() if phase} | {
+            "peak_memory_gb": round(peak / 1e9, 3)}
 
 
 def append(path, records):
@@ -264,7 +260,10 @@ def parse(argv):
     """Settings from the command line; on --resume from the run, which may only be made longer."""
     parser = HfArgumentParser(empo2.Settings, description=__doc__, allow_abbrev=False,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    s, = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], list(parser._option_string_actions), cutoff=0.75)
+        raise ValueError(f"unknown setting {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
     s, reasons = hardware_defaults(s)
     run_dir = Path(s.run_dir)
     if not s.resume:
@@ -317,6 +316,8 @@ def main(argv=None):
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
 
 

@@ -45,3 +45,49 @@ def write_checkpoint(folder, hidden=64, layers=2, vocab=400, pad="<|endoftext|>"
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("qwen2"))
+
+
+# What tests ask of the training rows, whatever their layout.
+def score(policy, prompts, actions, **options):
+    """Log-probs of each action after its prompt, each pair on its own."""
+    rows = [p + a for p, a in zip(prompts, actions)]
+    width = max(map(len, rows))
+    mask = torch.tensor([[len(p) <= i < len(r) for i in range(width)] for p, r in zip(prompts, rows)])
+    ids = torch.tensor([r + [policy.end_id] * (width - len(r)) for r in rows])
+    logp, _ = policy.logprobs(ids, mask, **options)
+    return [logp[b, len(p):len(r)] for b, (p, r) in enumerate(zip(prompts, rows))]
+
+
+def actions_of(row):
+    """Indices of each trained action of a row, in the order of the turns (= of the trunk that they see)."""
+    runs, previous = [], None
+    for i, trained in enumerate(row.mask):
+        if trained:
+            if previous != i - 1 or row.branch[i] != row.branch[previous]:
+                runs.append([])
+            runs[-1].append(i)
+            previous = i
+    return sorted(runs, key=lambda run: row.trunk[run[0]])
+
+
+def trained_actions(episode, advantage, settings):
+    """[(prompt, action, old log-probs, advantage, to be recomputed?)] of an episode's turns: what the loss is made of."""
+    import empo2
+    row = empo2.training_row(episode, advantage, settings)
+    visible = empo2.visibility(*(torch.tensor([getattr(row, n)]) for n in ("position", "branch", "trunk")))[0]
+    found = []
+    for run in actions_of(row):
+        seen = visible[run[0]].nonzero()[:, 0].tolist()
+        assert [row.position[i] for i in seen] == list(range(len(seen))), "positions run on from trunk to branch"
+        assert all((visible[i].nonzero()[:, 0]).tolist() == seen + run[1:run.index(i) + 1] for i in run)
+        found.append(([row.ids[i] for i in seen[:-1]], [row.ids[i] for i in run], [row.old_logp[i] for i in run],
+                      row.advantage, row.recompute[run[0]]))
+    return found
+
+
+def numerators(policy, episode, settings):
+    """The update's own log-probs of each turn's action, a list of [len(action)]."""
+    import empo2
+    row = empo2.training_row(episode, 1.0, settings)
+    logp = empo2.score(policy, [row])[0][0]
+    return [logp[run] for run in actions_of(row)]

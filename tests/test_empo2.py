@@ -12,7 +12,8 @@ import torch
 
 import empo2
 import memory
-from empo2 import Episode, Settings, Turn, group_advantages, hybrid_loss, training_rows
+from conftest import trained_actions
+from empo2 import Episode, Settings, Turn, group_advantages, hybrid_loss
 
 
 def loss_of_one(p, p_old, advantage, **options):
@@ -149,16 +150,11 @@ def test_the_drawn_trajectory_and_its_literal_masks():
     """Turn 0 without memory, turn 1 with memory on-policy, turn 2 with memory off-policy."""
     e = drawn_episode()
     e.turns[2].offpolicy = True
-    rows = training_rows(e, 0.5, Settings())
-    assert [r.ids for r in rows] == [
-        [1, 10, 5, 20, 29],
-        [1, 10, 5, 20, 29, 11, 91, 5, 21, 29],               # its own tips, none in the history
-        [1, 10, 5, 20, 29, 11, 5, 21, 29, 12, 5, 22, 29]]    # no tips at all, neither 91 nor 92
-    assert [[int(m) for m in r.mask] for r in rows] == [
-        [0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]]
-    assert rows[1].old_logp == [0.0] * 8 + [-1.0] * 2 and rows[2].advantage == [0.0] * 11 + [0.5] * 2
-    assert [r.recompute for r in rows] == [False, False, True]
-    assert not any(r.recompute for r in training_rows(e, 0.5, Settings(denominator="tips")))
+    plain, on_policy, off_policy = trained_actions(e, 0.5, Settings())
+    assert plain == ([1, 10, 5], [20, 29], [0.0, 0.0], 0.5, False)
+    assert on_policy == ([1, 10, 5, 20, 29, 11, 91, 5], [21, 29], [-1.0, -1.0], 0.5, False), "its own tips, no others"
+    assert off_policy == ([1, 10, 5, 20, 29, 11, 5, 21, 29, 12, 5], [22, 29], [-2.0, -2.0], 0.5, True), "no tips at all"
+    assert not any(turn[-1] for turn in trained_actions(e, 0.5, Settings(denominator="tips")))
 
 
 @pytest.mark.parametrize("q", [0.0, 1.0])
@@ -188,6 +184,9 @@ class ToyPolicy:
     def __init__(self):
         self.shown = []
 
+    def forget(self):
+        """A cache would be emptied here."""
+
     def message(self, role, text):
         return [ord(c) for c in f"<{role[0]}:{text}>"]
 
@@ -197,7 +196,7 @@ class ToyPolicy:
     def decode(self, ids):
         return "".join(map(chr, ids))
 
-    def sample(self, contexts, max_tokens):
+    def sample(self, contexts, max_tokens, **_):
         self.shown += [self.decode(c) for c in contexts]
         return [[ord("g"), ord("o")] for _ in contexts], [[-1.0, -2.0] for _ in contexts]
 
@@ -220,10 +219,11 @@ def play(s, jobs=None, tips=("old tip",), rng_seed=0):
     policy, store, embed = ToyPolicy(), memory.TipMemory(threshold=0.0), lambda texts: np.ones((len(texts), 1))
     for tip in tips:
         store.add([1.0], tip, 1, "task/0")
-    episodes, dropped = empo2.rollout(policy, [ToyEnv() for _ in range(3)], jobs or [("task", 0, 0)] * 5, store,
-                                      memory.NoveltyStore(), embed, s, np.random.default_rng(rng_seed),
-                                      ZeroDivisionError)
-    return policy, store, episodes, dropped
+    jobs = jobs or [("task", 0, 0)] * 5
+    waves = list(empo2.rollout(policy, [ToyEnv() for _ in range(3)], jobs, store, memory.NoveltyStore(), embed, s,
+                               np.random.default_rng(rng_seed), ZeroDivisionError))
+    episodes = [e for wave in waves for e in wave]
+    return policy, store, episodes, len(jobs) - len(episodes)
 
 
 def test_tips_are_shown_only_at_the_turn_they_were_retrieved_for():

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, write_checkpoint
+from conftest import CHATML, numerators, score, trained_actions, write_checkpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -20,14 +20,6 @@ def load(name, **options):
         for p in policy.trainable():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     return policy
-
-
-def score(policy, prompts, actions):
-    rows = [p + a for p, a in zip(prompts, actions)]
-    width = max(map(len, rows))
-    mask = torch.tensor([[len(p) <= i < len(r) for i in range(width)] for p, r in zip(prompts, rows)])
-    logp, _ = policy.logprobs(rows, mask)
-    return [logp[b, len(p):len(r)] for b, (p, r) in enumerate(zip(prompts, rows))]
 
 
 def played_episode(policy, tips=("open the box", "the radio is in the box"), turns=3):
@@ -73,11 +65,9 @@ def test_all_three_kinds_of_turn(checkpoint):
     torch.manual_seed(3)
     episode = played_episode(policy)
     episode.turns[2].offpolicy = True
-    rows = empo2.training_rows(episode, 1.0, Settings())
-    mask = empo2.stack(rows, "mask", torch.bool)
-    logp, _ = policy.logprobs([r.ids for r in rows], mask)
+    logps = numerators(policy, episode, Settings())
     for t in (0, 1):
-        torch.testing.assert_close(logp[t][mask[t]], torch.tensor(episode.turns[t].logps), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logps[t], torch.tensor(episode.turns[t].logps), atol=1e-4, rtol=0)
 
     messages = [{"role": "system", "content": "You are in a house."}]
     never = policy.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
@@ -85,9 +75,10 @@ def test_all_three_kinds_of_turn(checkpoint):
         user = policy.tokenizer.apply_chat_template([{"role": "user", "content": f"You see box {t}."}], tokenize=True,
                                                     return_dict=False, add_generation_prompt=True)
         never = never + (policy.closing(episode.turns[t - 1].action) if t else []) + user + turn.action
-    assert rows[2].ids == never
-    torch.testing.assert_close(logp[2][mask[2]], score(policy, [never[:-len(turn.action)]], [turn.action])[0])
-    assert (logp[2][mask[2]] - torch.tensor(turn.logps)).abs().max() > 1e-3, "the tips did matter when sampling"
+    prompt, action, *_ = trained_actions(episode, 1.0, Settings())[2]
+    assert prompt + action == never
+    torch.testing.assert_close(logps[2], score(policy, [prompt], [action])[0], atol=1e-5, rtol=1e-5)
+    assert (logps[2] - torch.tensor(turn.logps)).abs().max() > 1e-3, "the tips did matter when sampling"
 
 
 def test_off_policy_denominators(checkpoint):
@@ -188,13 +179,11 @@ def test_four_bit_learns_saves_and_reloads(checkpoint, tmp_path):
 
 def test_the_reference_is_the_base_model(checkpoint):
     policy = load(checkpoint)
-    ids = [policy.message("user", "look")]
-    mask = torch.ones(1, len(ids[0]), dtype=torch.bool)
-    mask[0, 0] = False
-    base = AutoModelForCausalLM.from_pretrained(checkpoint)(torch.tensor(ids)).logits.log_softmax(-1)
-    expected = base[0, :-1].gather(1, torch.tensor(ids)[0, 1:, None])[:, 0]
-    torch.testing.assert_close(policy.logprobs(ids, mask, reference=True)[0][0, 1:], expected, atol=1e-5, rtol=0)
-    assert (policy.logprobs(ids, mask)[0][0, 1:] - expected).abs().max() > 1e-3
+    prompt, action = policy.message("user", "look"), [9, 8, 7]
+    logits = AutoModelForCausalLM.from_pretrained(checkpoint)(torch.tensor([prompt + action])).logits[0]
+    expected = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, torch.tensor(action)[:, None])[:, 0]
+    torch.testing.assert_close(score(policy, [prompt], [action], reference=True)[0], expected, atol=1e-5, rtol=0)
+    assert (score(policy, [prompt], [action])[0] - expected).abs().max() > 1e-3
 
 
 def test_bad_models_get_one_line(tmp_path, checkpoint):

@@ -114,10 +114,9 @@ def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished
     assert "exists" in refused(capsys, *SMALL, "--model", checkpoint, "--run-dir", str(finished))
     assert "cannot change" in refused(capsys, "--resume", "--run-dir", str(finished), "--seed", "7")
     assert "nothing to resume" in refused(capsys, "--resume", "--run-dir", str(tmp_path / "never"))
-    for unknown in ("--memory", "--learning", "--nonsense"):
-        with pytest.raises(SystemExit) as stop:
-            train.main([unknown, "1"])
-        assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+    assert "unknown setting --memory-probs; did you mean --memory-prob?" in refused(capsys, "--memory-probs", "1")
+    assert "unknown setting --nonsense; see --help" in refused(capsys, "--nonsense", "1")
+    assert not (tmp_path / "new").exists(), "bad input leaves nothing behind"
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "tips.npz", "novelty.npz", "state.json",
