@@ -275,7 +275,7 @@ class DialogueCache:
 
     def arrange(self, rows):
         """Bring the dialogues of a batch to the front, so that the batch is a view and finished ones cost nothing."""
-        for row in set(rows) - set(self.order):
+        for row in sorted(set(rows) - set(self.order)):
             self.order.append(row)
             self.held.append([])
         self.grow(len(self.order), 0)
