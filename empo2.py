@@ -119,7 +119,7 @@ class Turn:
     tips: list[int]  # a user message with the retrieved tips; empty = mode (1), without memory
     action: list[int]  # as sampled, ending in a control token unless cut at the limit
     logps: list[float]  # behaviour log-prob of each action token under the prompt it was sampled with
-    texts: dict  # observation, tips (a list), action as sent
+    texts: dict  # observation, tips (a list), action as sent, next (the observation it led to)
     reward: float = 0.0  # r_t: difference of scores, so rewards add up to the final score (-100...100)
     novelty: float = 0.0  # r_int,t = 1/n of the state this action led to, in (0, 1]
     offpolicy: bool = False  # update mode of a memory turn: True = (b) without tips, False = (a) with tips
@@ -147,10 +147,9 @@ class Episode:
         >>> e.dialogue(1), e.dialogue(1, tips=True)  # (9) the tips of turn 0 are in neither
         ([1, 11, 5, 21, 12, 5], [1, 11, 5, 21, 12, 92, 5])
         """
-        ids = list(self.prompt)
-        for turn in self.turns[:t]:
-            ids += turn.observation + self.header + turn.action
-        turn = self.turns[t]
+        ids, turn = list(self.prompt), self.turns[t]
+        for earlier in self.turns[:t]:
+            ids += earlier.observation + self.header + earlier.action
         return ids + turn.observation + (turn.tips if tips else []) + self.header
 
 
@@ -174,6 +173,15 @@ def memory_text(episode, observation, key):  # (6)
     return f"{episode.task_text}\n{observation}" if key == "state" else episode.task_text
 
 
+@dataclass
+class Playing:
+    """An episode under way."""
+    episode: Episode
+    env: object
+    observation: str  # o_t as text
+    with_memory: bool  # the mode drawn for the whole episode, used with mode_level="episode"
+
+
 def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progress=lambda phase, text: None):
     """Play one episode per job, `len(envs)` at a time and in lock-step, drawing the rollout mode of each turn.
     A generator of finished episodes, a list for each time the environments were used.
@@ -185,67 +193,70 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
     whole_batch = rng.random() < s.memory_prob  # (1)
     policy.forget()  # keys and values of other weights
     for first in range(0, len(jobs), len(envs)):
-        live, finished = [], []
-        for row, (env, (task, variation, group)) in enumerate(zip(envs, jobs[first:first + len(envs)])):
-            for attempt in range(1, 6):
-                try:
-                    observation, info = env.reset(task, variation)
-                    break
-                except env_fault as fault:
-                    if attempt == 5:
-                        raise RuntimeError(f"the simulator failed to start five times in a row: {fault}") from fault
-            episode = Episode(task, variation, group, policy.message("system", info["prompt"]), policy.header,
-                              info["task"], row=row)
-            live.append([episode, env, observation, rng.random() < s.memory_prob])
+        live = [begin(policy, env, job, row, env_fault) for row, (env, job) in enumerate(zip(envs, jobs[first:]))]
+        for p in live:
+            p.with_memory = rng.random() < s.memory_prob
         visit_states(live, novelty, embed, s)  # the first states are seen, and nobody's merit
+        finished = []
         while live:
-            progress("rollout", f"turn {max(len(entry[0].turns) for entry in live) + 1}")
-            keys = embed([memory_text(e, observation, s.memory_key) for e, _, observation, _ in live])
-            playing, contexts = [], []
-            for entry, key in zip(live, keys):
-                episode, _, observation, whole_episode = entry
-                last = episode.turns[-1].action if episode.turns else None
-                closing = policy.closing(last) if last is not None else []
-                turn = Turn(closing + policy.message("user", observation), [], [], [], {"observation": observation})
-                episode.turns.append(turn)
-                room = s.context - s.action_tokens - len(episode.dialogue(len(episode.turns) - 1))
-                if room < 0:
-                    if len(episode.turns) == 1:
-                        raise ValueError(f"--context {s.context} has no room for even one turn of {episode.task} "
-                                         f"({-room} tokens short); raise it")
-                    episode.turns.pop()
-                    episode.ended = "context full"
-                    finished.append(episode)
-                    continue
-                drawn = {"turn": rng.random() < s.memory_prob, "episode": whole_episode, "batch": whole_batch}
-                tips = memory.retrieve(key, memory_slot(episode, s.memory_scope)) if drawn[s.mode_level] else []
-                turn.tips = tips_message(policy, tips)
-                while tips and len(turn.tips) > room:  # the lowest-ranked give way when there is no room for all
-                    tips = tips[:-1]
-                    turn.tips = tips_message(policy, tips)
-                turn.texts["tips"] = tips
-                playing.append(entry)
-                contexts.append(episode.dialogue(len(episode.turns) - 1, tips=True))
-            for entry, action, logps in zip(playing, *sample(policy, contexts, s.action_tokens, [entry[0] for entry in playing])):
-                turn = entry[0].turns[-1]
-                turn.action, turn.logps = action, logps
-            live = []
-            for entry in playing:
-                episode, env, turn = entry[0], entry[1], entry[0].turns[-1]
-                try:
-                    entry[2], turn.reward, terminated, truncated, info = env.step(policy.decode(turn.action))
-                except env_fault:
-                    continue
-                turn.texts["action"] = info["action"]
-                episode.score = info["score"]
-                episode.ended = "completed" if terminated else "step limit" if truncated else ""
-                live.append(entry)
+            progress("rollout", f"turn {len(live[0].episode.turns) + 1}")
+            for p, key in zip(live, embed([memory_text(p.episode, p.observation, s.memory_key) for p in live])):
+                mode = {"turn": rng.random() < s.memory_prob, "episode": p.with_memory, "batch": whole_batch}
+                tips = memory.retrieve(key, memory_slot(p.episode, s.memory_scope)) if mode[s.mode_level] else []
+                open_turn(policy, p, tips, s)
+            live, full = [p for p in live if not p.episode.ended], [p for p in live if p.episode.ended]
+            contexts = [p.episode.dialogue(-1, tips=True) for p in live]
+            for p, action, logps in zip(live, *sample(policy, contexts, s.action_tokens, [p.episode for p in live])):
+                p.episode.turns[-1].action, p.episode.turns[-1].logps = action, logps
+            live = [p for p in live if act(policy, p, env_fault)]
             visit_states(live, novelty, embed, s)
-            for entry in live:
-                entry[0].turns[-1].texts["next"] = entry[2]
-            finished += [entry[0] for entry in live if entry[0].ended]
-            live = [entry for entry in live if not entry[0].ended]
+            finished += [p.episode for p in full + live if p.episode.ended]
+            live = [p for p in live if not p.episode.ended]
         yield finished
+
+
+def begin(policy, env, job, row, env_fault):
+    task, variation, group = job
+    for attempt in range(1, 6):
+        try:
+            observation, info = env.reset(task, variation)
+            break
+        except env_fault as fault:
+            if attempt == 5:
+                raise RuntimeError(f"the simulator failed to start five times in a row: {fault}") from fault
+    prompt = policy.message("system", info["prompt"])
+    return Playing(Episode(task, variation, group, prompt, policy.header, info["task"], row=row), env, observation, False)
+
+
+def open_turn(policy, p, tips, s):
+    """Add the turn that is to be played, with as many of the tips as the context has room for; or end the episode."""
+    turns = p.episode.turns
+    closing = policy.closing(turns[-1].action) if turns else []
+    turn = Turn(closing + policy.message("user", p.observation), [], [], [], {"observation": p.observation})
+    turns.append(turn)
+    room = s.context - s.action_tokens - len(p.episode.dialogue(-1))
+    if room < 0:
+        turns.pop()
+        if not turns:
+            raise ValueError(f"--context {s.context} has no room for even one turn of {p.episode.task} "
+                             f"({-room} tokens short); raise it")
+        p.episode.ended = "context full"
+    while tips and len(tips_message(policy, tips)) > room:
+        tips = tips[:-1]  # the lowest-ranked give way
+    turn.tips, turn.texts["tips"] = tips_message(policy, tips), tips
+
+
+def act(policy, p, env_fault):
+    """Send the sampled action to the environment. False if the simulator died."""
+    turn = p.episode.turns[-1]
+    try:
+        p.observation, turn.reward, terminated, truncated, info = p.env.step(policy.decode(turn.action))
+    except env_fault:
+        return False
+    turn.texts |= {"action": info["action"], "next": p.observation}
+    p.episode.score = info["score"]
+    p.episode.ended = "completed" if terminated else "step limit" if truncated else ""
+    return True
 
 
 def sample(policy, contexts, max_tokens, episodes):
@@ -259,12 +270,11 @@ def tips_message(policy, tips):
 
 def visit_states(live, novelty, embed, s):
     """Intrinsic reward r_int = 1/n of the states just reached (4); goes to the turn whose action led there."""
-    if not live or novelty is None:
-        return
-    for entry, key in zip(live, embed([observation for _, _, observation, _ in live])):
-        reward = novelty.visit(key, memory_slot(entry[0], s.memory_scope))
-        if entry[0].turns:
-            entry[0].turns[-1].novelty = reward
+    if live and novelty is not None:
+        for p, key in zip(live, embed([p.observation for p in live])):
+            reward = novelty.visit(key, memory_slot(p.episode, s.memory_scope))
+            if p.episode.turns:
+                p.episode.turns[-1].novelty = reward
 
 
 def write_tips(policy, episodes, memory, embed, s, progress=lambda phase, text: None):
@@ -275,10 +285,10 @@ def write_tips(policy, episodes, memory, embed, s, progress=lambda phase, text: 
     progress("tips", f"{len(episodes)} episodes")
     requests = []
     for e in episodes:
-        turns, last = e.turns, e.turns[-1]
-        seen = e.dialogue(len(turns) - 1) + last.action + policy.closing(last.action)
-        final = f"{last.texts['next']}\n\n" if last.texts["next"] else ""
-        requests.append(seen + policy.message("user", final + TIP_REQUEST.format(score=e.score)) + policy.header)
+        last = e.turns[-1]
+        request = f"{last.texts['next']}\n\n{TIP_REQUEST.format(score=e.score)}"
+        requests.append(e.dialogue(-1) + last.action + policy.closing(last.action) + policy.message("user", request) +
+                        policy.header)
     tips, _ = sample(policy, requests, s.tip_tokens, episodes)
     keys = embed([memory_text(e, e.turns[-1].texts["next"], s.memory_key) for e in episodes])
     for e, ids, key in zip(episodes, tips, keys):
@@ -304,7 +314,7 @@ def group_advantages(returns, group_ids, eps=1e-6):
         member = group_ids == group
         r = returns[member]
         # Sums of fractions leave a residue; divided by a tiny sigma it would become a full-size advantage.
-        if r.max() - r.min() > 1e-9 * max(1.0, r.abs().max()):
+        if r.max() - r.min() > 1e-6 * max(1.0, r.abs().max()):
             advantages[member] = (r - r.mean()) / (r.std(correction=0) + eps)
     return advantages.float()
 

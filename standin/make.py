@@ -7,10 +7,10 @@ paper's 18 (`TASKS` below), on their training variations, by imitation of a scri
 
 1. play:  the simulator's own solutions, interrupted by wandering; tips are written by rule, and later episodes of a
           variation are shown earlier ones' tips at some turns, where the player does not wander
-2. learn: next-token prediction on whole dialogues, laid out as in a rollout, mostly on actions and tips; in half of
+2. learn: next-token prediction on whole dialogues, laid out as in a rollout, mostly on actions and tips; in most of
           them things are given made-up names, so that names must be copied from the dialogue, not remembered
 
-    python standin/make.py --force      about 15 minutes on two cores
+    python standin/make.py --force      about 15 minutes on two free cores (longer --minutes help)
 """
 import argparse
 import random
@@ -41,7 +41,8 @@ ROOMS = ["art studio", "bathroom", "bedroom", "foundry", "greenhouse", "hallway"
          "workshop"]
 # How often the wandering player uses a verb.
 VERBS = {"look at": 3, "look in": 1, "open": 4, "pick up": 4, "read": 4, "activate": 2, "move": 2, "connect": 4,
-         "use": 1, "inventory": .5, "wait1": .3, "pour": .3, "mix": .2, "put down": .3, "deactivate": .3, "focus on": .25}
+         "use": 1, "inventory": .5, "wait1": .3, "pour": .3, "mix": .2, "put down": .3, "deactivate": .3,
+         "focus on": .25}
 IDLE = ("look", "wait", "inventory", "task", "0", "1", "2")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -51,9 +52,9 @@ QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[
 
 # --- 1. Play ----------------------------------------------------------------------------------------------------
 def room_of(observation):
-    found = re.match(r"You (?:move|teleport) to the ([a-z ]+)\.|This (?:room|outside location) is called the ([a-z ]+)\.",
+    found = re.match(r"(?:You (?:move|teleport) to|This (?:room|outside location) is called) the ([a-z ]+)\.",
                      observation)
-    return found and (found[1] or found[2])
+    return found and found[1]
 
 
 def solution(env, task, variation):
@@ -76,14 +77,12 @@ def wander(env, done, rng):
         things = action.removeprefix(verb or "")
         if verb and action not in done and not re.search(
                 rf"agent|\bair\b|sewer|drain|door|ground|component|{'|'.join(ROOMS)}|look around", things):
-            if verb == "connect":
-                ends = things.split(" to ")
-                if not all(re.search("terminal|anode|cathode", e) for e in ends) or set(ends[0].split()[:2]) & set(
-                        ends[-1].split()[:2]):
-                    continue
-            elif verb == "move" and "inventory" in things:
-                continue
-            options.setdefault(verb, []).append(action)
+            ends = things.split(" to ")
+            if verb == "connect" and (not all(re.search("terminal|anode|cathode", end) for end in ends)
+                                      or set(ends[0].split()[:2]) & set(ends[1].split()[:2])):
+                continue  # the ends of two different things, please
+            if verb != "move" or "inventory" not in things:
+                options.setdefault(verb, []).append(action)
     if not options:
         return "look around"
     verb = rng.choices(list(options), [VERBS[v] for v in options])[0]
@@ -96,7 +95,7 @@ def play(env, task, variation, plan, tips, rng):
     wandering = rng.choice([0.1, 0.3, 0.5, 0.9])
     blunder = rng.randrange(2, 12) if rng.random() < 0.2 else None  # the turn of a wrong focus
     e = {"prompt": info["prompt"], "task": info["task"], "turns": [], "score": 0}
-    room, at, fresh, done, failures = room_of(observation), 0, False, {}, 0
+    room, at, fresh, done, failures = room_of(observation), 0, False, set(), 0
     for turn in range(rng.choice([3, 5, 7, 9, 12, 15, 20, 30])):
         shown = rng.sample(tips, rng.randint(1, len(tips))) if tips and rng.random() < 0.3 else []
         planned, learn = None, True
@@ -118,22 +117,21 @@ def play(env, task, variation, plan, tips, rng):
             action = f"teleport to {rng.choice([r for r in ROOMS if r != room])}"
         else:
             action = wander(env, done, rng)
-        before, reply = observation, env.step(action)
-        observation, reward, terminated, truncated, info = reply
+        before = observation
+        observation, reward, terminated, truncated, info = env.step(action)
         known = observation != envs.UNKNOWN and not observation.startswith("Unknown action")
         if planned:
             at += 1
             failures += not known
-        e["turns"].append({"observation": before, "tips": shown, "action": action, "learn": learn and known and (
-            reward >= 0), "known": known, "reward": reward})
+        e["turns"].append({"observation": before, "tips": shown, "action": action, "known": known, "reward": reward,
+                           "learn": learn and known and reward >= 0})
         fresh = observation.startswith(("You move to the", "You teleport")) and room_of(observation) is not None
         room = room_of(observation) or room
-        done[action], e["score"] = known, info["score"]
+        done.add(action)
+        e["score"] = info["score"]
         if terminated or truncated:
             break
-    e["final"] = observation
-    e["tip"] = tip(e, rng)
-    return e
+    return e | {"final": observation, "tip": tip(e, rng)}
 
 
 def tip(e, rng):
@@ -166,10 +164,9 @@ def play_all(seed):
     for task, k in tqdm(todo, desc="play", unit="house"):
         variation = worlds[0].variations(task, "train")[k]
         plan, tips = solution(worlds[0], task, variation), []
-        for i in range(EPISODES):
-            e = play(worlds[rng.random() < 0.35], task, variation, plan, tips, rng)
-            episodes.append(e)
-            tips = tips + [e["tip"]]
+        for _ in range(EPISODES):
+            episodes.append(play(worlds[rng.random() < 0.35], task, variation, plan, tips, rng))
+            tips.append(episodes[-1]["tip"])
     return episodes
 
 
@@ -195,7 +192,8 @@ def make_model(vocabulary, heads=4, size=48, theta=1e6):
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=vocabulary, hidden_size=heads * size, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=8192, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": theta}, bos_token_id=None, eos_token_id=2, pad_token_id=0))
+        rope_parameters={"rope_type": "default", "rope_theta": theta}, bos_token_id=None, eos_token_id=2,
+        pad_token_id=0))
     model.model.embed_tokens.weight.data *= 2.5  # 0.05: the untrained copies below are loud enough to be learnt from
     start_copying(model.model.layers[0].self_attn, model.model.layers[1].self_attn, heads, size, theta)
     return model
@@ -246,7 +244,7 @@ def renaming(e, names, rng):
     if rng.random() < 0.4:
         new |= dict(zip(ROOMS, rng.sample(ROOMS, len(ROOMS))))
     if not new:
-        return lambda text: text
+        return str
     pattern = re.compile(r"\b(" + "|".join(sorted(map(re.escape, new), key=len, reverse=True)) + r")\b", re.IGNORECASE)
     return lambda text: pattern.sub(lambda found: new[found[0].lower()], text)
 
@@ -283,9 +281,6 @@ def recall(vocabulary, rng, length=400, piece=8):
     return ids, weights
 
 
-RECALL = 40
-
-
 def learn(model, policy, episodes, minutes, rng, batch_tokens=2500):
     first, second = model.model.layers[:2]
     copying = [p for part in (first, second.self_attn) for p in part.parameters() if p.ndim == 2]
@@ -303,15 +298,12 @@ def learn(model, policy, episodes, minutes, rng, batch_tokens=2500):
             optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 30, (1 - passed) / 0.6 + 0.02)
         batch, tokens = [], 0
         while tokens < batch_tokens:
-            if step < RECALL or rng.random() < 0.1:
+            if step < 40 or rng.random() < 0.1:
                 batch.append(recall(model.config.vocab_size, rng))
-                tokens += len(batch[-1][0])
-                continue
-            if not queue:
-                queue = rng.sample(episodes, len(episodes))
-            e = queue.pop()
-            rename = renaming(e, names, rng) if rng.random() < 0.6 else (lambda text: text)
-            batch.append(sequence(policy, e, rename))
+            else:
+                queue = queue or rng.sample(episodes, len(episodes))
+                e = queue.pop()
+                batch.append(sequence(policy, e, renaming(e, names, rng) if rng.random() < 0.6 else str))
             tokens += len(batch[-1][0])
         total = sum(sum(weights) for _, weights in batch)
         shown = [0.0, 0.0]
@@ -341,7 +333,7 @@ def learn(model, policy, episodes, minutes, rng, batch_tokens=2500):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)")
     parser.add_argument("--minutes", type=float, default=10, help="time to learn, after the playing (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     parser.add_argument("--force", action="store_true", help="replace the model in the folder")
