@@ -9,7 +9,13 @@ A segment begins and ends at a control token, so no token can straddle two segme
 is built by leaving the tips segment out: nothing is ever searched for or stripped. `check_chat_format` compares
 this with the tokenizer's own chat template when the model is loaded.
 """
+import logging
+import warnings
 from contextlib import nullcontext
+
+# Said by these versions to every user without a GPU, and nothing that a user could act on.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model

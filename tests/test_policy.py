@@ -1,4 +1,6 @@
 """The policy on a small Qwen2 checkpoint: what was sampled is what is scored.     pytest tests/test_policy.py"""
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +186,12 @@ def test_the_reference_is_the_base_model(checkpoint):
     expected = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, torch.tensor(action)[:, None])[:, 0]
     torch.testing.assert_close(score(policy, [prompt], [action], reference=True)[0], expected, atol=1e-5, rtol=0)
     assert (score(policy, [prompt], [action])[0] - expected).abs().max() > 1e-3
+
+
+def test_4_bit_where_bitsandbytes_cannot_run_is_one_line(checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # makes the import fail
+    with pytest.raises(ValueError, match="4-bit was asked for but .* use --load-in-4bit false"):
+        Policy.load(checkpoint, load_in_4bit=True)
 
 
 def test_bad_models_get_one_line(tmp_path, checkpoint):
