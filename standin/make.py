@@ -10,7 +10,11 @@ paper's 18 (`TASKS` below), on their training variations, by imitation of a scri
 2. learn: next-token prediction on whole dialogues, laid out as in a rollout, mostly on actions and tips; in most of
           them things are given made-up names, so that names must be copied from the dialogue, not remembered
 
-    python standin/make.py --force      about 15 minutes on two free cores (longer --minutes help)
+    python standin/make.py --force      about 20 minutes on two cores; longer --minutes help
+
+The files in this folder come from the transcripts of seed 0 and 29 minutes of learning on one shared core, in three
+stages (12, 10 and 7 minutes; the slips of `slips` only in the last). Learning is limited by time, so that another
+machine gets another model of the same kind.
 """
 import argparse
 import random
@@ -249,25 +253,37 @@ def renaming(e, names, rng):
     return lambda text: pattern.sub(lambda found: new[found[0].lower()], text)
 
 
-def sequence(policy, e, rename, context=4500):
+def slips(ids, weight, rng, often):
+    """Let a token slip in, or stick, now and then; what follows is right again, so that a slip becomes no loop."""
+    out, weights = [], []
+    for token in ids:
+        if out and rng.random() < often:
+            extra = [out[-1] if rng.random() < 0.7 else rng.choice(ids)] * rng.choice([1, 1, 2, 4])
+            out, weights = out + extra, weights + [0.0] * len(extra)
+        out.append(token)
+        weights.append(weight)
+    return out, weights
+
+
+def sequence(policy, e, rename, rng, context=4500):
     """One dialogue as a rollout makes it -> ids, weight of each in the loss. (A rollout drops the tips of past
     turns; here they stay, so that one sequence teaches several turns with tips.)"""
     ids, weights = [], []
 
-    def add(piece, weight):
-        ids.extend(piece)
-        weights.extend([weight] * len(piece))
+    def add(piece, weight, often=0.0):
+        for whole, part in zip((ids, weights), slips(piece, weight, rng, often)):
+            whole.extend(part)
     add(policy.message("system", rename(e["prompt"])), 0.0)
     for t in e["turns"]:
         add(policy.message("user", rename(t["observation"])), 0.1)
         if t["tips"]:
             add(policy.message("user", TIPS_TEXT.format("\n".join(f"- {rename(x)}" for x in t["tips"]))), 0.1)
         add(policy.header, 0.0)
-        add(policy.encode(rename(t["action"])) + [policy.end_id], float(t["learn"]))
+        add(policy.encode(rename(t["action"])) + [policy.end_id], float(t["learn"]), 0.01)
         add(policy.encode("\n"), 0.0)
     add(policy.message("user", rename(e["final"]) + "\n\n" + TIP_REQUEST.format(score=e["score"])), 0.0)
     add(policy.header, 0.0)
-    add(policy.encode(rename(e["tip"])) + [policy.end_id], 1.0)
+    add(policy.encode(rename(e["tip"])) + [policy.end_id], 1.0, 0.06)
     return ids[:context], weights[:context]
 
 
@@ -276,8 +292,9 @@ def recall(vocabulary, rng, length=400, piece=8):
     ids = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(50, length))]
     weights = [0.0] * len(ids)
     for start in [rng.randrange(len(ids) - piece) for _ in range(len(ids) // piece)]:
-        ids += ids[start:start + piece]
-        weights += [0.0] + [0.15] * (piece - 1)  # where a piece begins cannot be known
+        again, weight = slips(ids[start:start + piece], 0.15, rng, 0.06)
+        ids += again
+        weights += [0.0] + weight[1:]  # where a piece begins cannot be known
     return ids, weights
 
 
@@ -303,7 +320,7 @@ def learn(model, policy, episodes, minutes, rng, batch_tokens=2500):
             else:
                 queue = queue or rng.sample(episodes, len(episodes))
                 e = queue.pop()
-                batch.append(sequence(policy, e, renaming(e, names, rng) if rng.random() < 0.6 else str))
+                batch.append(sequence(policy, e, renaming(e, names, rng) if rng.random() < 0.6 else str, rng))
             tokens += len(batch[-1][0])
         total = sum(sum(weights) for _, weights in batch)
         shown = [0.0, 0.0]
