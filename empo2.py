@@ -52,7 +52,7 @@ class Settings:
     tasks: list[str] = setting(["power-component"], "names of the tasks to train on")
     variations: int = setting(5, "how many training variations of each task (the first ones)")
     iterations: Optional[int] = setting(None, "how many times to roll out and update [200 on a GPU, 10 without]")
-    step_limit: Optional[int] = setting(None, "actions per episode [the paper's: 30, for chemistry-mix 60]")
+    step_limit: Optional[int] = setting(None, "actions per episode [30; chemistry-mix 60, measure-melting-point-known-... 100]")
     shots: int = setting(0, "(11) solved development variations shown in the prompt")
     action_correction: bool = setting(False, "(10) replace an invalid action by the most similar valid one")
     env_options: list[str] = setting([], "further options of the environment, as name=value (rooms=1 for house)")
@@ -64,7 +64,7 @@ class Settings:
     # Rolling out (§4.1)
     group_size: int = setting(8, "N: episodes of one task, compared with each other")
     tasks_per_iteration: Optional[int] = setting(None, "B: tasks per iteration [16 on a GPU, 1 without]")
-    rollout_batch: int = setting(64, "episodes played side by side; lower it when rollouts run out of memory")
+    rollout_batch: Optional[int] = setting(None, "episodes played side by side [by the card's memory: 32 to 128]")
     temperature: float = setting(1.0, "of sampling and of the log-probs in the loss")
     action_tokens: int = setting(32, "longest action")
     tip_tokens: int = setting(160, "longest tip")
@@ -86,7 +86,7 @@ class Settings:
     denominator: Literal["no-tips", "tips"] = setting("no-tips", "(2) prompt of the off-policy behaviour log-prob")
     learning_rate: Optional[float] = setting(None, "of AdamW, constant [1e-5 on a GPU, 1e-3 for the stand-in]")
     minibatch_episodes: int = setting(16, "episodes per optimiser step")
-    micro_tokens: int = setting(16384, "padded tokens per forward pass; lower it when updates run out of memory")
+    micro_tokens: Optional[int] = setting(None, "padded tokens per forward pass [by the card's memory: 6144, 16384]")
     clip_low: float = setting(0.2, "ratio clip 1 - clip_low")
     clip_high: float = setting(0.3, "ratio clip 1 + clip_high")
     clip_c: float = setting(10.0, "dual clip: for A < 0 the term is at least clip_c * A")
@@ -105,10 +105,14 @@ class Settings:
         for name in ("memory_prob", "offpolicy_prob", "min_prob", "tip_threshold", "novelty_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        for name in ("group_size", "action_tokens", "tip_tokens", "rollout_batch", "minibatch_episodes", "variations",
-                     "save_every", "keep_checkpoints", "memory_capacity", "temperature", "lora_r", "micro_tokens"):
-            if not getattr(self, name) > 0:
+        for name in ("group_size", "tasks_per_iteration", "action_tokens", "tip_tokens", "rollout_batch", "context",
+                     "minibatch_episodes", "variations", "save_every", "keep_checkpoints", "memory_capacity", "tips",
+                     "temperature", "lora_r", "lora_alpha", "micro_tokens", "clip_c", "max_grad_norm", "iterations"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be positive")
+        for name in ("shots", "clip_low", "clip_high", "beta", "advantage_eps", "learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative")
 
 
 # --- What flows through -----------------------------------------------------------------------------------------
@@ -193,6 +197,7 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
     whole_batch = rng.random() < s.memory_prob  # (1)
     policy.forget()  # keys and values of other weights
     for first in range(0, len(jobs), len(envs)):
+        progress("rollout", "loading")
         live = [begin(policy, env, job, row, env_fault) for row, (env, job) in enumerate(zip(envs, jobs[first:]))]
         for p in live:
             p.with_memory = rng.random() < s.memory_prob
@@ -200,9 +205,11 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
         finished = []
         while live:
             progress("rollout", f"turn {len(live[0].episode.turns) + 1}")
-            for p, key in zip(live, embed([memory_text(p.episode, p.observation, s.memory_key) for p in live])):
-                mode = {"turn": rng.random() < s.memory_prob, "episode": p.with_memory, "batch": whole_batch}
-                tips = memory.retrieve(key, memory_slot(p.episode, s.memory_scope)) if mode[s.mode_level] else []
+            modes = [{"turn": rng.random() < s.memory_prob, "episode": p.with_memory, "batch": whole_batch}[s.mode_level]
+                     for p in live]
+            keys = iter(embed([memory_text(p.episode, p.observation, s.memory_key) for p, m in zip(live, modes) if m]))
+            for p, with_memory in zip(live, modes):
+                tips = memory.retrieve(next(keys), memory_slot(p.episode, s.memory_scope)) if with_memory else []
                 open_turn(policy, p, tips, s)
             live, full = [p for p in live if not p.episode.ended], [p for p in live if p.episode.ended]
             contexts = [p.episode.dialogue(-1, tips=True) for p in live]
@@ -428,11 +435,11 @@ def hybrid_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.3
 
 # --- Update (Alg. 1, lines of the policy update) ----------------------------------------------------------------
 def micro_batches(rows, budget):
-    """Rows of similar length together, at most `budget` padded tokens each (a longer row stands alone)."""
+    """Rows of similar length together, at most `budget` padded tokens each (a longer row stands alone; None = no limit)."""
     batch = []
     for row in sorted(rows, key=lambda r: (max(r.branch) > 0, len(r.ids))):  # without branches no mask is needed
         longest = max(len(r.ids) for r in batch + [row])
-        if batch and (len(batch) + 1) * longest > budget:
+        if batch and budget and (len(batch) + 1) * longest > budget:
             yield batch
             batch = []
         batch.append(row)
@@ -458,8 +465,9 @@ def score(policy, rows, reference=False):
 def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: None):
     """One pass over the episodes, `minibatch_episodes` per optimiser step. Returns metrics (means over tokens).
 
-    Raises FloatingPointError, before the weights are touched, if the loss or its gradient is not finite.
+    Raises FloatingPointError, before that step's weights are touched, if a gradient is not finite.
     """
+    progress("update", "rows")
     policy.forget()  # the rollout's keys and values: their memory is needed, and the weights are about to change
     draw_update_modes(episodes, s, rng)
     returns = [intrinsic_return(e, s.intrinsic_coef) for e in episodes]
@@ -480,7 +488,7 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: Non
                 row.old_logp = [new if replace else old
                                 for new, old, replace in zip(values, row.old_logp, row.recompute)]
     policy.model.train()
-    totals, norms, gap = Counter(), [], 0.0
+    totals, norms, gap = Counter(), [], None
     for number, (step, n) in enumerate(steps):
         progress("update", f"step {number + 1} of {len(steps)}")
         optimizer.zero_grad()
@@ -490,7 +498,7 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: Non
             if number == 0:
                 old_logp = torch.where(stack(batch, "recompute", False, policy.device), logp.detach(), old_logp)
                 if s.denominator == "no-tips":  # nothing has moved yet: sampler's against trainer's arithmetic
-                    gap = max(gap, torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item())
+                    gap = max(gap or 0.0, torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item())
             ref_logp = None
             if s.beta:
                 with torch.no_grad():
@@ -504,8 +512,8 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: Non
             totals.update({name: value * n for name, value in metrics.items()})
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}; lower the learning rate or turn the "
-                                     "low-probability mask on (--min_prob 0.0067)")
+            raise FloatingPointError(f"the gradient norm is {norm}; start another run with a lower "
+                                     "--learning_rate or with the low-probability mask (--min_prob 0.0067)")
         optimizer.step()
         norms.append(norm)
     learnt = max(sum(sum(r.mask) for step, _ in steps for r in step), 1)

@@ -1,4 +1,4 @@
-"""Tip-free evaluation (§5): temperature 0.4, no memory, first 20 test variations x 4 episodes, the paper's step limits.
+"""Tip-free evaluation (§5): temperature 0.4, no memory, first 20 test variations x 4 episodes, the step limits of the run or else of envs.py.
 
   python eval.py runs/scienceworld-power-component-0                # a run: its last checkpoint, its tasks
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant   # a base model
@@ -96,11 +96,17 @@ def main(argv=None):
             run_dir / f"eval-{args.split}-{name}.json" if args.run else Path("eval-base.json"))
         if out.exists():
             raise ValueError(f"{out} exists; name another with --out")
+        if not out.parent.is_dir() or args.temperature < 0:
+            raise ValueError(f"--out: there is no folder {out.parent}" if args.temperature >= 0 else
+                             f"--temperature is {args.temperature}; it must not be negative")
         policy = train.load_policy(s, adapter)
         policy.temperature = args.temperature
         with tqdm(desc="evaluating", bar_format="{desc} {elapsed}") as bar:
             table, played, dropped = evaluate(policy, s, args.split, args.variations, args.episodes,
                                               lambda phase, text: bar.set_description(f"evaluating {text}"))
+    except KeyboardInterrupt:
+        print("\neval.py: stopped; nothing was written", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

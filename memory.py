@@ -86,7 +86,8 @@ class NoveltyStore:
         """
         key = np.asarray(key, np.float32)
         s = self.slots.setdefault(slot, {"keys": key[None, :][:0], "counts": []})
-        similarity = s["keys"] @ key  # [m]
+        # A text without words has a zero key, which is like nothing but another such text.
+        similarity = s["keys"] @ key if key.any() else 1.0 - s["keys"].any(1)  # [m]
         nearest = int(similarity.argmax()) if len(similarity) else -1
         if nearest < 0 or similarity[nearest] < self.threshold:
             s["keys"] = np.vstack([s["keys"], key])
@@ -135,7 +136,8 @@ def embedder(name="hashing"):
     """
     if name == "hashing":
         from sklearn.feature_extraction.text import HashingVectorizer
-        vectorizer = HashingVectorizer(n_features=1024, ngram_range=(1, 2), norm="l2", dtype=np.float32)
+        vectorizer = HashingVectorizer(n_features=1024, ngram_range=(1, 2), norm="l2", dtype=np.float32,
+                                       token_pattern=r"(?u)\b\w+\b")  # single characters count: "5 degrees"
         return lambda texts: vectorizer.transform(texts).toarray() if texts else np.zeros((0, 1024), np.float32)
 
     import torch
@@ -143,7 +145,7 @@ def embedder(name="hashing"):
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--embedder {name}: could not be loaded ({str(error).splitlines()[0]}); "
+        raise ValueError(f"--embedder {name}: could not be loaded ({(str(error).splitlines() or [''])[0]}); "
                          "use hashing, or a hub id or folder of a sentence encoder") from error
 
     @torch.no_grad()

@@ -57,7 +57,7 @@ class Policy:
         """
         cuda = torch.cuda.is_available()
         if load_in_4bit is None:
-            load_in_4bit = cuda and torch.cuda.get_device_properties(0).total_memory < 25e9
+            load_in_4bit = cuda and card_memory() < 30
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except UNREADABLE as error:
@@ -316,6 +316,11 @@ def check_chat_format(policy):
     if ours + policy.message("user", "x") + policy.header != theirs:
         raise ValueError(f"{name}: its chat template is not the prefix-stable ChatML of Qwen2/2.5 Instruct "
                          "(system, user, assistant between <|im_start|> and <|im_end|>); choose such a model")
+
+
+def card_memory():
+    """GB of the first GPU. A "24 GB" card has 25.4."""
+    return torch.cuda.get_device_properties(0).total_memory / 1e9
 
 
 def first_line(error):

@@ -11,6 +11,9 @@ A run leaves in its directory (default runs/ENV-TASK-SEED):
   python train.py --env scienceworld --memory-prob 0 --intrinsic-coef 0 --min-prob 0      # GRPO
   python train.py --env house --env-options rooms=2                                       # no Java, milliseconds
   python train.py --resume --run-dir runs/scienceworld-power-component-0                  # after a stop or crash
+
+On --resume only --iterations may grow, and --rollout-batch, --micro-tokens, --load-in-4bit, --save-every and
+--keep-checkpoints may change (a smaller --rollout-batch draws other episodes).
 """
 import argparse
 import dataclasses
@@ -22,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -33,23 +37,28 @@ from transformers.utils import logging as transformers_logging
 import empo2
 import envs
 import memory
-from policy import Policy
+from policy import Policy, card_memory, first_line
 
 STANDIN = Path(__file__).parent / "standin"
 
 
-def train(s, run_dir, start=0):
-    policy = load_policy(s, run_dir / f"checkpoint-{start}" if start else None)
+def train(s, run_dir, start=None):
+    """Run the iterations from checkpoint `start` on (None: a new run). Returns how many are done."""
+    policy = load_policy(s, run_dir / f"checkpoint-{start}" if start is not None else None)
     simulators, pool = make_envs(s)
+    for task, variation in pool:  # a prompt that is too long shows now, not in the night
+        empo2.open_turn(policy, empo2.begin(policy, simulators[0], (task, variation, 0), 0, envs.EnvFault), [], s)
     embed = memory.embedder(s.embedder)
     tips = memory.TipMemory(s.memory_capacity, s.tip_threshold, s.tips, s.tip_rank)
     novelty = memory.NoveltyStore(s.novelty_threshold)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, weight_decay=0.0)
     parts = Parts(policy, optimizer, tips, novelty)
-    if start:
+    if start is not None:
         load_checkpoint(run_dir, start, parts)
+    start = start or 0
     run_dir.mkdir(parents=True, exist_ok=True)  # not before everything is loaded: bad input leaves nothing behind
-    (run_dir / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
+    (run_dir / "settings.tmp").write_text(json.dumps(dataclasses.asdict(s), indent=1))
+    os.replace(run_dir / "settings.tmp", run_dir / "settings.json")
     interrupted = finish_on_interrupt()
     with tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True) as bar:
         for iteration in range(start, s.iterations + 1):
@@ -62,16 +71,18 @@ def train(s, run_dir, start=0):
             torch.manual_seed(int(rng.integers(2 ** 62)))
             clock = Clock(bar)
             # --- Algorithm 1 ---
-            jobs, episodes = draw_jobs(pool, s, rng), []
-            for played in empo2.rollout(policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault, clock):
-                if s.memory_prob:
-                    empo2.write_tips(policy, played, tips, embed, s, clock)
-                episodes += played
-            if not episodes:
-                raise RuntimeError("every episode of an iteration was lost to simulator faults")
+            jobs, episodes, attempts = draw_jobs(pool, s, rng), [], 0
+            while not episodes:  # once, unless the simulators lose every single episode
+                attempts += 1
+                if attempts > 5:
+                    raise RuntimeError("all episodes were lost to simulator faults five times in a row")
+                for played in empo2.rollout(policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault, clock):
+                    if s.memory_prob:
+                        empo2.write_tips(policy, played, tips, embed, s, clock)
+                    episodes += played
             learnt = empo2.update(policy, optimizer, episodes, s, rng, clock)
             # -------------------
-            metrics = {"iteration": iteration, **rollout_metrics(episodes, len(jobs), tips, novelty), **learnt,
+            metrics = {"iteration": iteration, **rollout_metrics(episodes, attempts * len(jobs), tips, novelty), **learnt,
                        **clock.split()}
             append(run_dir / "metrics.jsonl", [metrics])
             append(run_dir / "episodes.jsonl", [transcript(iteration, e) for e in episodes])
@@ -94,26 +105,28 @@ class Parts:
 def hardware_defaults(s):
     """Fill in what was left to the hardware; returns (settings, one line of reason per value)."""
     cuda = torch.cuda.is_available()
-    where = torch.cuda.get_device_name() if cuda else "no GPU"
+    where = f"{torch.cuda.get_device_name()}, {card_memory():.0f} GB" if cuda else "no GPU"
+    # Beside 7B in 4-bit on a 24 GB card; in bf16 on 48 GB; in bf16 on 80 GB and more.
+    rollout_batch, micro_tokens = (64, 16384) if not cuda else (
+        (32, 6144) if card_memory() < 30 else (64, 6144) if card_memory() < 60 else (128, 16384))
     choices = {
         "model": ("Qwen/Qwen2.5-7B-Instruct", "the paper's model") if cuda else
-                 (str(STANDIN), "a tiny stand-in for a language model, to see the loop work; its scores are no result"),
+                 ("standin", "a tiny stand-in for a language model, to see the loop work; its scores are no result"),
         "tasks_per_iteration": (16, "the paper's") if cuda else (1, "a small iteration for a CPU"),
         "iterations": (200, "the paper's 200-250") if cuda else (10, "a few minutes"),
         "learning_rate": (1e-5, "usual for LoRA at 7B") if cuda else (1e-3, "for a tiny model"),
+        "rollout_batch": (rollout_batch, "as many dialogues as fit"),
+        "micro_tokens": (micro_tokens, "as many tokens as fit"),
+        "load_in_4bit": (cuda and card_memory() < 30, "4-bit is slower, and needed up to 24 GB only"),
         "run_dir": (f"runs/{s.env}-{'+'.join(s.tasks[:3])}-{s.seed}", "from environment, tasks and seed"),
     }
     chosen = {name: value for name, (value, _) in choices.items() if getattr(s, name) is None}
-    if cuda and s.load_in_4bit is None:
-        memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
-        chosen["load_in_4bit"] = memory_gb < 25
-        choices["load_in_4bit"] = (None, f"{memory_gb:.0f} GB of memory")
     reasons = [f"  {name} = {value}  ({where}: {choices[name][1]})" for name, value in chosen.items()]
     return dataclasses.replace(s, **chosen), reasons
 
 
 def load_policy(s, adapter=None):
-    policy = Policy.load(s.model, adapter=adapter, load_in_4bit=s.load_in_4bit, lora_r=s.lora_r,
+    policy = Policy.load(str(STANDIN) if s.model == "standin" else s.model, adapter=adapter, load_in_4bit=s.load_in_4bit, lora_r=s.lora_r,
                          lora_alpha=s.lora_alpha, temperature=s.temperature, seed=s.seed)
     longest = s.context + 2 * s.tip_tokens + 256  # a tip is written after the whole dialogue
     if longest > policy.max_positions:
@@ -213,6 +226,7 @@ def append(path, records):
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------
 LOGS = ("metrics.jsonl", "episodes.jsonl")
+RESUMABLE = ("rollout_batch", "micro_tokens", "load_in_4bit", "save_every", "keep_checkpoints")  # may change on --resume
 
 
 def save_checkpoint(run_dir, iteration, parts, s):
@@ -251,7 +265,7 @@ def load_checkpoint(run_dir, iteration, parts):
         for log, size in sizes.items():
             os.truncate(run_dir / log, size) if (run_dir / log).exists() else None
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
-        raise ValueError(f"{folder}: the checkpoint is damaged ({str(error).splitlines()[0]}); "
+        raise ValueError(f"{folder}: the checkpoint is damaged ({first_line(error)}); "
                          "delete it to resume from the one before") from error
 
 
@@ -269,18 +283,21 @@ def parse(argv):
     if not s.resume:
         if run_dir.exists():
             raise ValueError(f"{run_dir} exists; --resume continues it, --run_dir NAME starts another run")
-        return s, run_dir, 0, reasons
+        return s, run_dir, None, reasons
     try:
         saved = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{run_dir}/settings.json cannot be read ({error}); nothing to resume") from error
     given = {a.lstrip("-").split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
-    changed = [n for n in given - {"resume", "run_dir", "iterations"} if getattr(s, n, None) != getattr(saved, n, None)]
+    free = {name: getattr(s, name) for name in given & {"iterations", *RESUMABLE}}
+    changed = sorted(n for n in given - {"resume", "run_dir", *free} if getattr(s, n, None) != getattr(saved, n, None))
     if changed:
-        raise ValueError(f"--resume continues with the run's own settings; {', '.join(sorted(changed))} cannot change")
-    found = checkpoints(run_dir) or [0]
-    iterations = s.iterations if "iterations" in given else saved.iterations
-    return dataclasses.replace(saved, resume=True, iterations=iterations), run_dir, found[-1], []
+        raise ValueError(f"--resume continues with the run's own settings; {', '.join(changed)} cannot change")
+    start = (checkpoints(run_dir) or [None])[-1]
+    s = dataclasses.replace(saved, resume=True, **free)
+    if s.iterations < (start or 0):
+        raise ValueError(f"{run_dir} has {start} iterations already; --iterations can only make it longer")
+    return s, run_dir, start, []
 
 
 def finish_on_interrupt():
@@ -315,6 +332,8 @@ def main(argv=None):
         return 1
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        if run_dir and run_dir.exists():  # for what nobody foresaw
+            (run_dir / "error.log").write_text(traceback.format_exc())
         return 2
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
