@@ -43,6 +43,7 @@ def test_novelty_is_one_over_visits_to_similar_states_per_slot():
     a, like_a, b = unit(1, 0), unit(1, 0.5), unit(0, 1)
     assert [novelty.visit(x, "s") for x in (a, like_a, b, a, b)] == [1, 1 / 2, 1, 1 / 3, 1 / 2]
     assert novelty.visit(a, "t") == 1 and len(novelty) == 3
+    assert [novelty.visit(np.zeros(2), "s") for _ in range(3)] == [1, 1 / 2, 1 / 3], "texts without words are alike"
 
 
 @pytest.mark.parametrize("kind", [TipMemory, NoveltyStore])

@@ -106,6 +106,7 @@ def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished
     assert "did you mean" in refused(capsys, *new, "--env", "house", "--tasks", "radios")
     assert "unknown option" in refused(capsys, *new, "--env", "house", "--tasks", "fan", "--env-options", "attics=2")
     assert "name=value" in refused(capsys, *new, "--env", "house", "--env-options", "rooms")
+    assert "must be positive" in refused(capsys, *new, "--tasks-per-iteration", "0")
     assert "must lie between 0 and 1" in refused(capsys, *new, "--memory-prob", "2")
     assert "has no room for even one turn" in refused(
         capsys, *SMALL, "--model", checkpoint, "--run-dir", str(tmp_path / "short"), "--context", "20")
@@ -132,8 +133,29 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(finished, tmp_path, c
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_can_be_made_longer(finished, tmp_path):
+def test_resume_from_the_first_checkpoint_repeats_nothing(finished, checkpoint, tmp_path, monkeypatch):
+    """A failure in iteration 2 with no checkpoint but the first: the logs are cut back to it."""
+    run_dir, update, calls = tmp_path / "run", train.empo2.update, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise FloatingPointError("the gradient norm is nan")
+        return update(*args, **kwargs)
+    monkeypatch.setattr(train.empo2, "update", failing)
+    command = [*SMALL, "--model", checkpoint, "--run-dir", str(run_dir), "--iterations", "4", "--save-every", "10"]
+    assert train.main(command) == 2 and len(records(run_dir / "metrics.jsonl")) == 2
+    assert "FloatingPointError" in (run_dir / "error.log").read_text()
+    assert train.main(["--resume", "--run-dir", str(run_dir), "--micro-tokens", "4000"]) == 0
+    assert [m["iteration"] for m in records(run_dir / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert json.loads((run_dir / "settings.json").read_text())["micro_tokens"] == 4000
+    ours, theirs = (without_times(records(d / "metrics.jsonl")) for d in (run_dir, finished))
+    assert [m["score"] for m in ours] == [m["score"] for m in theirs]
+
+
+def test_a_run_can_be_made_longer_but_not_shorter(finished, tmp_path, capsys):
     import shutil
+    assert "can only make it longer" in refused(capsys, "--resume", "--run-dir", str(finished), "--iterations", "2")
     run_dir = tmp_path / "longer"
     shutil.copytree(finished, run_dir)
     assert train.main(["--resume", "--run-dir", str(run_dir), "--iterations", "5"]) == 0
@@ -154,6 +176,7 @@ def test_evaluation_of_a_run_and_of_a_base_model(finished, checkpoint, tmp_path,
     assert json.loads(base.read_text())["protocol"]["adapter"] == "None"
     assert "exists" in refused(capsys, "--model", checkpoint, "--out", str(base), run=evaluation.main)
     assert "no run with a checkpoint" in refused(capsys, str(tmp_path), run=evaluation.main)
+    assert "no folder" in refused(capsys, str(finished), "--out", str(tmp_path / "no" / "x.json"), run=evaluation.main)
 
 
 def test_help_teaches():
