@@ -10,6 +10,7 @@ On a GPU the model is 7B-shaped (bf16, or --load-in-4bit) and the floors are com
 """
 import argparse
 import copy
+import os
 import statistics
 import sys
 import tempfile
@@ -249,6 +250,7 @@ def bench_env(count, steps):
     """Steps per second over ordinary actions: the package's wrapper against ours."""
     from scienceworld import ScienceWorldEnv
     actions = ["look around", "teleport to kitchen", "look around", "open cupboard", "pick up thermometer", "inventory"]
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(envs.find_java()), os.environ["PATH"]])  # all it looks at
     stock = ScienceWorldEnv("power-component")
     stock.load("power-component", 0, "easy")
     stock.reset()

@@ -330,6 +330,8 @@ def test_scienceworld_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
     """48 known solutions, in eight interleaved simulators of one JVM: the stock wrapper's scores, step by step."""
     from scienceworld import ScienceWorldEnv
     monkeypatch.setattr(ScienceWorldEnv, "get_valid_action_object_combinations", lambda self: [])  # slow
+    # The stock wrapper knows only the java on PATH.
+    monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(envs.find_java()), os.environ["PATH"]]))
     episodes = [(task, 0) for task in make("scienceworld").tasks()] + [(task, 3) for task in PAPER_TASKS]
     stock, theirs, paths = ScienceWorldEnv(envStepLimit=10**6), {}, {}
     for task, variation in episodes:
