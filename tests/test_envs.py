@@ -318,7 +318,10 @@ NOISE = {"power-component": 0, "power-component-renewable-vs-nonrenewable-energy
 
 
 def agree(task, ours, theirs):
-    """Equal, or, in a noisy task, close until the last turn before either ended, and equally good at the end."""
+    """Equal, or, in a noisy task, close until the last turn before either ended, and equally good at the end.
+
+    The end of grow-fruit is not compared: it differs between two runs of the stock wrapper.
+    """
     if task not in NOISE:
         return ours == theirs
     n = min(len(ours), len(theirs)) - 1
