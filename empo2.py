@@ -1,5 +1,6 @@
 """EMPO²: Exploratory Memory-Augmented On- and Off-Policy Optimization (arXiv 2602.23008), in the paper's order:
-settings, rolling out in two modes, writing tips, intrinsic reward and advantages, update modes, loss, update.
+settings, rolling out in two modes, writing tips, intrinsic reward and advantages, update modes, loss, update,
+evaluation.
 This file is handed the policy, the environments and the memory, and imports none of them.
 
 Where the paper is silent, contradicts itself, or its authors' code does something else, this is what we do; a
@@ -29,9 +30,11 @@ and q are the *complements* of the text's. Named settings select the other readi
 10. An action is sent as written. `action_correction`: the valid action with the highest word overlap (authors).
 11. No solved examples in the prompt. `shots=2` shows solved development variations (paper: two examples).
 """
+import difflib
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal, Optional
 
 import numpy as np
@@ -48,6 +51,7 @@ def setting(default, text, **kwargs):
 class Settings:
     """Everything that can be set; the command line is made from it. `None` = decided by the hardware, and printed."""
     # What is run
+    preset: str = setting("empo2", "a named set of settings (PRESETS), such as grpo; settings given beside it go first")
     env: str = setting("scienceworld", "environment: scienceworld or house")
     tasks: list[str] = setting(["power-component"], "names of the tasks to train on")
     variations: int = setting(5, "how many training variations of each task (the first ones)")
@@ -94,25 +98,57 @@ class Settings:
     beta: float = setting(0.0, "weight of KL(pi_theta || pi_ref)")
     advantage_eps: float = setting(1e-6, "added to the standard deviation of returns")
     max_grad_norm: float = setting(1.0, "gradient clip")
+    # Tip-free evaluation during training (§5)
+    eval_every: int = setting(0, "iterations between evaluations, and one after the last; 0 = never")
+    eval_variations: int = setting(20, "how many test variations of each task (the first ones)")
+    eval_episodes: int = setting(4, "episodes of each of them")
+    eval_temperature: float = setting(0.4, "of their sampling; 0 = greedy")
     # The run
-    run_dir: Optional[str] = setting(None, "where results go [runs/ENV-TASK-SEED]; must not exist, or --resume")
+    run_dir: Optional[str] = setting(None, "where results go [runs/ENV-TASK-PRESET-SEED]; must not exist, or --resume")
     resume: bool = setting(False, "continue the run in run_dir from its last checkpoint")
     save_every: int = setting(1, "iterations between checkpoints")
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep")
     seed: int = setting(0, "seed of everything that is drawn")
 
     def __post_init__(self):
+        if self.preset not in PRESETS:
+            close = difflib.get_close_matches(self.preset, PRESETS, cutoff=0.4)
+            raise ValueError(f"unknown preset {self.preset}; " + (
+                f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(PRESETS)}"))
         for name in ("memory_prob", "offpolicy_prob", "min_prob", "tip_threshold", "novelty_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must lie between 0 and 1")
         for name in ("group_size", "tasks_per_iteration", "action_tokens", "tip_tokens", "rollout_batch", "context",
                      "minibatch_episodes", "variations", "save_every", "keep_checkpoints", "memory_capacity", "tips",
-                     "temperature", "lora_r", "lora_alpha", "micro_tokens", "clip_c", "max_grad_norm", "iterations"):
+                     "temperature", "lora_r", "lora_alpha", "micro_tokens", "clip_c", "max_grad_norm", "iterations",
+                     "eval_variations", "eval_episodes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be positive")
-        for name in ("shots", "clip_low", "clip_high", "beta", "advantage_eps", "learning_rate"):
+        for name in ("shots", "clip_low", "clip_high", "beta", "advantage_eps", "learning_rate", "eval_every",
+                     "eval_temperature"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative")
+
+
+# What the paper compares, each as what it sets differently.
+PRESETS = {
+    "empo2": {},
+    # Baselines
+    "grpo": {"memory_prob": 0.0, "intrinsic_coef": 0.0, "min_prob": 0.0},
+    "reflexion": {"memory_prob": 1.0, "learning_rate": 0.0, "intrinsic_coef": 0.0},  # tips, but no weight moves
+    # Ablations
+    "no-offpolicy": {"offpolicy_prob": 0.0},
+    "no-onpolicy-tips": {"offpolicy_prob": 1.0},
+    "no-intrinsic": {"intrinsic_coef": 0.0},
+    "intrinsic-half": {"intrinsic_coef": 0.5},
+    "intrinsic-double": {"intrinsic_coef": 2.0},
+    "no-mask": {"min_prob": 0.0},
+    "mode-episode": {"mode_level": "episode"},  # (1)
+    "mode-batch": {"mode_level": "batch"},  # (1)
+    "denominator-tips": {"denominator": "tips"},  # (2)
+    **{f"p-{p}": {"memory_prob": p} for p in (0.1, 0.4, 0.7)},
+    **{f"q-{q}": {"offpolicy_prob": q} for q in (0.3, 0.5, 0.85, 0.95)},
+}
 
 
 # --- What flows through -----------------------------------------------------------------------------------------
@@ -521,3 +557,45 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: Non
     return {name: value / learnt for name, value in sorted(totals.items())} | {
         "grad_norm": float(np.mean(norms or [0.0])), "optimizer_steps": len(norms), "sampler_gap": gap,
         "return": float(np.mean(returns)), "zero_variance_groups": float(np.mean([not any(g) for g in groups]))}
+
+
+# --- Evaluation (§5) --------------------------------------------------------------------------------------------
+FIGURES = ("mean", "mean_clipped", "best_reached", "share_100", "share_minus_100")
+
+
+def figures(episodes):
+    """The five figures of a list of episodes (scores -100...100).
+
+    >>> won, lost = (Episode("", 0, 0, [], [], "", score=s) for s in (100, -100))
+    >>> won.turns, lost.turns = ([Turn([], [], [], [], {}, r) for r in rs] for rs in ([40, 60], [30, -130]))
+    >>> figures([won, lost])
+    {'mean': 0.0, 'mean_clipped': 50.0, 'best_reached': 65.0, 'share_100': 0.5, 'share_minus_100': 0.5}
+    """
+    scores = np.array([e.score for e in episodes], float)
+    best = [max(accumulate((t.reward for t in e.turns), initial=0.0)) for e in episodes]
+    values = scores.mean(), scores.clip(0).mean(), np.mean(best), (scores == 100).mean(), (scores == -100).mean()
+    return {name: round(float(value), 4) for name, value in zip(FIGURES, values)}
+
+
+def evaluate(policy, envs, pool, episodes, temperature, s, rng, env_fault, progress=lambda phase, text: None):
+    """Play `episodes` of each (task, variation) of the pool, without memory and without learning.
+
+    Returns ({task: figures, episodes, variations}, all episodes, number dropped). Draws from torch's global
+    generator, which is seeded by rng; temperature and cache of the policy are put back.
+    """
+    jobs = [(task, v, group) for group, (task, v) in enumerate(pool) for _ in range(episodes)]
+    torch.manual_seed(int(rng.integers(2 ** 62)))
+    training_temperature, policy.temperature = policy.temperature, temperature
+    waves = rollout(policy, envs, jobs, None, None, lambda texts: [None] * len(texts), replace(s, memory_prob=0.0), rng,
+                    env_fault, progress)
+    played = [episode for wave in waves for episode in wave]
+    policy.temperature = training_temperature
+    policy.forget()
+    table = {}
+    for task in dict.fromkeys(task for task, _ in pool):
+        mine = [e for e in played if e.task == task]
+        if mine:
+            table[task] = figures(mine) | {"episodes": len(mine), "variations": sum(t == task for t, _ in pool)}
+    if not table:
+        raise RuntimeError("all episodes of the evaluation were lost to simulator faults")
+    return table, played, len(jobs) - len(played)

@@ -11,55 +11,15 @@ import argparse
 import dataclasses
 import json
 import sys
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import empo2
 import envs
 import train
-
-FIGURES = ("mean", "mean_clipped", "best_reached", "share_100", "share_minus_100")
-
-
-def figures(episodes):
-    """The five figures of a list of episodes (scores -100...100).
-
-    >>> won, lost = (empo2.Episode("", 0, 0, [], [], "", score=s) for s in (100, -100))
-    >>> won.turns, lost.turns = ([empo2.Turn([], [], [], [], {}, r) for r in rs] for rs in ([40, 60], [30, -130]))
-    >>> figures([won, lost])
-    {'mean': 0.0, 'mean_clipped': 50.0, 'best_reached': 65.0, 'share_100': 0.5, 'share_minus_100': 0.5}
-    """
-    scores = np.array([e.score for e in episodes], float)
-    best = [max(accumulate((t.reward for t in e.turns), initial=0.0)) for e in episodes]
-    values = scores.mean(), scores.clip(0).mean(), np.mean(best), (scores == 100).mean(), (scores == -100).mean()
-    return {name: round(float(value), 4) for name, value in zip(FIGURES, values)}
-
-
-def evaluate(policy, s, split="test", variations=20, episodes=4, progress=lambda phase, text: None):
-    """Play `episodes` of the first `variations` of each of the settings' tasks without memory and without learning.
-
-    Returns ({task: figures and variations}, all episodes, number dropped). Everything is drawn from the settings' seed.
-    """
-    s = dataclasses.replace(s, memory_prob=0.0, variations=variations, tasks_per_iteration=None, group_size=episodes)
-    torch.manual_seed(s.seed)
-    simulators, pool = train.make_envs(s, split)
-    jobs = [(task, v, i) for i, (task, v) in enumerate(pool) for _ in range(episodes)]
-    waves = empo2.rollout(policy, simulators, jobs, None, None, lambda texts: [None] * len(texts), s,
-                          np.random.default_rng(s.seed), envs.EnvFault, progress)
-    played = [episode for wave in waves for episode in wave]
-    for simulator in simulators:
-        simulator.close()
-    table = {}
-    for task in s.tasks:
-        mine = [e for e in played if e.task == task]
-        if mine:
-            table[task] = figures(mine) | {"episodes": len(mine), "variations": sum(t == task for t, _ in pool)}
-    return table, played, len(jobs) - len(played)
 
 
 def main(argv=None):
@@ -100,10 +60,12 @@ def main(argv=None):
             raise ValueError(f"--out: there is no folder {out.parent}" if args.temperature >= 0 else
                              f"--temperature is {args.temperature}; it must not be negative")
         policy = train.load_policy(s, adapter)
-        policy.temperature = args.temperature
+        simulators, pool = train.make_envs(dataclasses.replace(
+            s, variations=args.variations, tasks_per_iteration=None, group_size=args.episodes), args.split)
         with tqdm(desc="evaluating", bar_format="{desc} {elapsed}") as bar:
-            table, played, dropped = evaluate(policy, s, args.split, args.variations, args.episodes,
-                                              lambda phase, text: bar.set_description(f"evaluating {text}"))
+            table, played, dropped = empo2.evaluate(
+                policy, simulators, pool, args.episodes, args.temperature, s, np.random.default_rng(s.seed),
+                envs.EnvFault, lambda phase, text: bar.set_description(f"evaluating {text}"))
     except KeyboardInterrupt:
         print("\neval.py: stopped; nothing was written", file=sys.stderr)
         return 130
@@ -118,9 +80,9 @@ def main(argv=None):
         {"task": e.task, "variation": e.variation, "score": e.score, "turns": len(e.turns), "ended": e.ended}
         for e in played]}, indent=1))
     print(", ".join(f"{k} {v}" for k, v in protocol.items()))
-    print(f"{'task':52}{'var.':>5}{'epis.':>6}" + "".join(f"{f:>17}" for f in FIGURES))
+    print(f"{'task':52}{'var.':>5}{'epis.':>6}" + "".join(f"{f:>17}" for f in empo2.FIGURES))
     for task, row in table.items():
-        print(f"{task:52}{row['variations']:5}{row['episodes']:6}" + "".join(f"{row[f]:17.2f}" for f in FIGURES))
+        print(f"{task:52}{row['variations']:5}{row['episodes']:6}" + "".join(f"{row[f]:17.2f}" for f in empo2.FIGURES))
     print(f"written to {out}")
     return 0
 

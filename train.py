@@ -1,14 +1,15 @@
 """EMPO² training: `python train.py --env scienceworld`. The loop in `train` is Algorithm 1; the rest is bookkeeping.
 
-A run leaves in its directory (default runs/ENV-TASK-SEED):
+A run leaves in its directory (default runs/ENV-TASK-SEED, with the preset's name before the seed if one is given):
   settings.json     every setting, with the defaults that the hardware decided
   metrics.jsonl     one line per iteration (README: metric glossary)
+  evals.jsonl       with --eval-every: one line per tip-free evaluation on the test variations
   episodes.jsonl    every episode, readable: observations, tips, actions, modes, rewards, the tip written
   checkpoint-N/     the state at the top of iteration N: the LoRA adapter (loads with peft), optimizer.pt,
                     tips.npz, novelty.npz, state.json
 
   python train.py --env scienceworld --tasks find-plant find-animal --iterations 100
-  python train.py --env scienceworld --memory-prob 0 --intrinsic-coef 0 --min-prob 0      # GRPO
+  python train.py --env scienceworld --preset grpo --eval-every 10                        # a baseline, with its curve
   python train.py --env house --env-options rooms=2                                       # no Java, milliseconds
   python train.py --resume --run-dir runs/scienceworld-power-component-0                  # after a stop or crash
 
@@ -46,7 +47,8 @@ def train(s, run_dir, start=None):
     """Run the iterations from checkpoint `start` on (None: a new run). Returns how many are done."""
     policy = load_policy(s, run_dir / f"checkpoint-{start}" if start is not None else None)
     simulators, pool = make_envs(s)
-    for task, variation in pool:  # a prompt that is too long shows now, not in the night
+    eval_pool = task_pool(simulators[0], s.tasks, "test", s.eval_variations) if s.eval_every else []
+    for task, variation in pool + eval_pool:  # a prompt that is too long shows now, not in the night
         empo2.open_turn(policy, empo2.begin(policy, simulators[0], (task, variation, 0), 0, envs.EnvFault), [], s)
     embed = memory.embedder(s.embedder)
     tips = memory.TipMemory(s.memory_capacity, s.tip_threshold, s.tips, s.tip_rank)
@@ -60,11 +62,17 @@ def train(s, run_dir, start=None):
     (run_dir / "settings.tmp").write_text(json.dumps(dataclasses.asdict(s), indent=1))
     os.replace(run_dir / "settings.tmp", run_dir / "settings.json")
     interrupted = finish_on_interrupt()
+    shown = {}
     with tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True) as bar:
         for iteration in range(start, s.iterations + 1):
-            if iteration % s.save_every == 0 or iteration == s.iterations or interrupted:
+            stop = iteration == s.iterations or bool(interrupted)  # asked once: what stops has been saved
+            if iteration % s.save_every == 0 or stop:
                 save_checkpoint(run_dir, iteration, parts, s)
-            if iteration == s.iterations or interrupted:
+            if s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations) and not interrupted:
+                result = log_evaluation(policy, simulators, eval_pool, iteration, s, run_dir, bar)
+                shown["eval"] = f"{result['score']:.1f}/{result['success']:.0%}"
+                bar.set_postfix(shown)
+            if stop:
                 break
             # Each iteration has its own seeds, so a resumed run draws what the uninterrupted one would have drawn.
             rng = np.random.default_rng([s.seed, iteration])
@@ -80,15 +88,16 @@ def train(s, run_dir, start=None):
                     if s.memory_prob:
                         empo2.write_tips(policy, played, tips, embed, s, clock)
                     episodes += played
-            learnt = empo2.update(policy, optimizer, episodes, s, rng, clock)
+            learnt = empo2.update(policy, optimizer, episodes, s, rng, clock) if s.learning_rate else {}
             # -------------------
             metrics = {"iteration": iteration, **rollout_metrics(episodes, attempts * len(jobs), tips, novelty), **learnt,
                        **clock.split()}
             append(run_dir / "metrics.jsonl", [metrics])
             append(run_dir / "episodes.jsonl", [transcript(iteration, e) for e in episodes])
             bar.update()
-            bar.set_postfix(score=f"{metrics['score']:.1f}", best=f"{metrics['score_best']:.0f}",
-                            tips=len(tips), kl=f"{metrics.get('approx_kl', 0):.4f}")
+            shown |= {"score": f"{metrics['score']:.1f}", "best": f"{metrics['score_best']:.0f}", "tips": len(tips),
+                      "kl": f"{metrics.get('approx_kl', 0):.4f}"}
+            bar.set_postfix(shown)
     return iteration
 
 
@@ -118,7 +127,8 @@ def hardware_defaults(s):
         "rollout_batch": (rollout_batch, "as many dialogues as fit"),
         "micro_tokens": (micro_tokens, "as many tokens as fit"),
         "load_in_4bit": (cuda and card_memory() < 30, "4-bit is slower, and needed up to 24 GB only"),
-        "run_dir": (f"runs/{s.env}-{'+'.join(s.tasks[:3])}-{s.seed}", "from environment, tasks and seed"),
+        "run_dir": (f"runs/{s.env}-{'+'.join(s.tasks[:3])}{'' if s.preset == 'empo2' else '-' + s.preset}-{s.seed}",
+                    "from environment, tasks, preset and seed"),
     }
     chosen = {name: value for name, (value, _) in choices.items() if getattr(s, name) is None}
     reasons = [f"  {name} = {value}  ({where}: {choices[name][1]})" for name, value in chosen.items()]
@@ -153,9 +163,13 @@ def make_envs(s, split="train"):
     """(one environment per episode played side by side, the (task, variation) pairs that are trained on)"""
     options = env_options(s)
     first = envs.make(s.env, **options)
-    pool = [(task, v) for task in s.tasks for v in first.variations(task, split)[:s.variations]]
+    pool = task_pool(first, s.tasks, split, s.variations)
     rows = min(s.rollout_batch, (s.tasks_per_iteration or len(pool)) * s.group_size)
     return [first] + [envs.make(s.env, **options) for _ in range(rows - 1)], pool
+
+
+def task_pool(env, tasks, split, variations):
+    return [(task, v) for task in tasks for v in env.variations(task, split)[:variations]]
 
 
 def draw_jobs(pool, s, rng):
@@ -197,6 +211,24 @@ def transcript(iteration, e):
                  "update": "off-policy" if turn.offpolicy else "on-policy"} for turn in e.turns]}
 
 
+def log_evaluation(policy, simulators, pool, iteration, s, run_dir, bar):
+    """Evaluate tip-free and add a line to evals.jsonl: five figures per task, their means over tasks, seconds it took,
+    and the episodes and seconds of training so far. Each evaluation has its own seed, also after a resume."""
+    since = time.perf_counter()
+    table, _, dropped = empo2.evaluate(
+        policy, simulators, pool, s.eval_episodes, s.eval_temperature, s, np.random.default_rng([s.seed, iteration, 1]),
+        envs.EnvFault, lambda phase, text: bar.set_description(f"EMPO² evaluation: {text}"))
+    past = [json.loads(line) for line in open(run_dir / "metrics.jsonl")] if iteration else []
+    result = {
+        "iteration": iteration, "score": float(np.mean([row["mean"] for row in table.values()])),
+        "success": float(np.mean([row["share_100"] for row in table.values()])), "tasks": table,
+        "episodes_dropped": dropped, "training_episodes": sum(m["episodes"] for m in past),
+        "seconds_training": round(sum(v for m in past for k, v in m.items() if k.startswith("seconds_")), 2),
+        "seconds": round(time.perf_counter() - since, 2)}
+    append(run_dir / "evals.jsonl", [result])
+    return result
+
+
 class Clock:
     """Seconds spent in each phase; called with (phase, text), it shows both in the progress bar."""
 
@@ -225,7 +257,7 @@ def append(path, records):
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------
-LOGS = ("metrics.jsonl", "episodes.jsonl")
+LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
 RESUMABLE = ("rollout_batch", "micro_tokens", "load_in_4bit", "save_every", "keep_checkpoints")  # may change on --resume
 
 
@@ -271,24 +303,28 @@ def load_checkpoint(run_dir, iteration, parts):
 
 # --- Command line -----------------------------------------------------------------------------------------------
 def parse(argv):
-    """Settings from the command line; on --resume from the run, which may only be made longer."""
+    """(settings, run directory, checkpoint to start from, lines of what was decided) from the command line, where a
+    setting goes before the preset; on --resume from the run, which may only be made longer."""
     parser = HfArgumentParser(empo2.Settings, description=__doc__, allow_abbrev=False,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
     s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         close = difflib.get_close_matches(unknown[0], list(parser._option_string_actions), cutoff=0.75)
         raise ValueError(f"unknown setting {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
-    s, reasons = hardware_defaults(s)
+    given = {a.lstrip("-").split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+    preset = {name: value for name, value in empo2.PRESETS[s.preset].items() if name not in given}
+    s, reasons = hardware_defaults(dataclasses.replace(s, **preset))
+    notes = [f"preset {s.preset}:", *(f"  {name} = {value}" for name, value in preset.items())] if preset else []
+    notes += ["decided by the hardware:", *reasons] if reasons else []
     run_dir = Path(s.run_dir)
     if not s.resume:
         if run_dir.exists():
             raise ValueError(f"{run_dir} exists; --resume continues it, --run_dir NAME starts another run")
-        return s, run_dir, None, reasons
+        return s, run_dir, None, notes
     try:
         saved = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{run_dir}/settings.json cannot be read ({error}); nothing to resume") from error
-    given = {a.lstrip("-").split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
     free = {name: getattr(s, name) for name in given & {"iterations", *RESUMABLE}}
     changed = sorted(n for n in given - {"resume", "run_dir", *free} if getattr(s, n, None) != getattr(saved, n, None))
     if changed:
@@ -318,9 +354,9 @@ def main(argv=None):
     transformers_logging.disable_progress_bar()
     run_dir = None
     try:
-        s, run_dir, start, reasons = parse(sys.argv[1:] if argv is None else argv)
-        if reasons:
-            print("decided by the hardware:", *reasons, sep="\n")
+        s, run_dir, start, notes = parse(sys.argv[1:] if argv is None else argv)
+        if notes:
+            print(*notes, sep="\n")
         done = train(s, run_dir, start)
         print(f"{done} of {s.iterations} iterations are in {run_dir}; python eval.py {run_dir} evaluates it")
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_checkpoint
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 import empo2
 import envs
-import eval as evaluation
 import train
 from policy import Policy
 
@@ -78,7 +78,9 @@ def random_player(tmp_path_factory):
 def success(run_dir, player, adapter=None):
     """Tip-free success on unseen variations, at temperature 1."""
     s = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
-    table, _, _ = evaluation.evaluate(Policy.load(player, adapter=adapter), s, variations=4, episodes=16)
+    simulators, pool = train.make_envs(s, "test")
+    table, _, _ = empo2.evaluate(Policy.load(player, adapter=adapter), simulators, pool, 16, 1.0, s,
+                                 np.random.default_rng(0), envs.EnvFault)
     return table["radio"]["share_100"]
 
 

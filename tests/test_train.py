@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import empo2
 import eval as evaluation
 import train
 
@@ -169,7 +170,7 @@ def test_evaluation_of_a_run_and_of_a_base_model(finished, checkpoint, tmp_path,
     assert set(result["tasks"]) == {"radio", "fan"} and result["tasks"]["fan"]["episodes"] == 4
     assert result["protocol"]["adapter"].endswith("checkpoint-4") and result["protocol"]["environment"] == "house 1"
     printed = capsys.readouterr().out
-    assert all(name in printed for name in evaluation.FIGURES)
+    assert all(name in printed for name in empo2.FIGURES)
     base = tmp_path / "base.json"
     assert evaluation.main(["--model", checkpoint, "--env", "house", "--tasks", "fan", "--variations", "1",
                             "--out", str(base)]) == 0

@@ -1,0 +1,309 @@
+"""Compare presets over tasks and seeds: a run of train.py per cell (task x preset x seed), a table and a picture.
+
+  python sweep.py laptop                                    # a named experiment, see EXPERIMENTS
+  python sweep.py laptop --seeds 7 --presets empo2          # with other choices: what comes later counts
+  python sweep.py --out sweeps/mine --presets grpo empo2 --seeds 0 1 2 --tasks find-plant find-animal --jobs 2 \\
+                  -- --iterations 50 --eval-every 5         # what follows -- goes to train.py
+  python sweep.py --out sweeps/mine --report                # only the report, also while the sweep is running
+
+The same command continues a sweep that was interrupted; finished cells are not repeated. OUT holds
+  TASK/PRESET/SEED      the run of each cell (TASK = together with --together), its output in SEED.log beside it
+  sweep.json            what the sweep is: its settings, cells, failures, and what it was run with
+  summary.md, curves.png, results.json    the report; tip-free success is the mean of a run's last three evaluations
+What a preset sets goes before the settings after --, since it is what is compared.
+"""
+import argparse
+import ctypes
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import empo2
+import train
+
+ROOT, LIBC = Path(__file__).parent, ctypes.CDLL(None)
+EXPERIMENTS = {
+    "laptop": ["--tasks", "radio", "fan", "--presets", "grpo", "empo2", "--seeds", "0", "1", "2", "--jobs", "2", "--",
+               "--env", "house", "--env-options", "rooms=2", "step_limit=8", "--iterations", "20", "--eval-every", "5"],
+}
+
+
+# --- The cells --------------------------------------------------------------------------------------------------
+def records(path):
+    """The whole lines of a JSON-lines file: it may be growing, or have been cut in a line."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def progress_of(run_dir):
+    """(settings or None, evaluations, is it finished?) of a cell's run."""
+    if not (run_dir / "settings.json").exists():
+        return None, [], False
+    s, evals = json.loads((run_dir / "settings.json").read_text()), records(run_dir / "evals.jsonl")
+    return s, evals, bool(evals) and evals[-1]["iteration"] == s["iterations"]  # the last thing that a run writes
+
+
+def start_cell(run_dir, tasks, preset, seed, extra, env, lock):
+    """Start or continue the run of a cell in a process of its own."""
+    if run_dir.exists() and not train.checkpoints(run_dir):
+        shutil.rmtree(run_dir)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), "--run-dir", str(run_dir)]
+    command += ["--resume"] if run_dir.exists() else [
+        *extra, "--tasks", *tasks, "--preset", preset, "--seed", str(seed),
+        *(f"--{name}={value}" for name, value in empo2.PRESETS[preset].items())]
+
+    def die_with_the_sweep():
+        if sys.platform == "linux":  # no orphan even after kill -9; elsewhere the lock that it holds tells of it
+            LIBC.prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+    with open(f"{run_dir}.log", "ab") as log:  # its own session: Ctrl-C reaches it once, through the sweep
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
+                                pass_fds=[lock.fileno()], start_new_session=True, preexec_fn=die_with_the_sweep)
+
+
+def run_cells(cells, extra, jobs, lock, failed, save):
+    """Run what is not finished of the cells {name: (run_dir, tasks, preset, seed)}; `failed` gets {name: why}."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}  # or the log would end with what was said first
+    if jobs > 1 and not torch.cuda.is_available():
+        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    waiting = [name for name, (run_dir, *_) in cells.items() if not progress_of(run_dir)[2]]
+    running, shown = {}, None
+    with tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="cells", dynamic_ncols=True) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    name = waiting.pop(0)
+                    failed.pop(name, None)
+                    running[name] = start_cell(*cells[name], extra, env, lock)
+                for name in [name for name, process in running.items() if process.poll() is not None]:
+                    code, run_dir = running.pop(name).returncode, cells[name][0]
+                    if not progress_of(run_dir)[2]:
+                        said = re.split(r"[\r\n]+", Path(f"{run_dir}.log").read_text(errors="replace").strip())[-1]
+                        failed[name] = f"exit code {code}: {said}"
+                        tqdm.write(f"{name} failed with {failed[name]}")
+                    save()
+                    bar.update()
+                evals = {name: progress_of(cells[name][0])[1] for name in running}
+                now = f"running {len(running)}: " + ", ".join(
+                    f"{name} {e[-1]['success']:.0%}" if e else name for name, e in evals.items())
+                if now != shown:
+                    shown = now
+                    bar.set_postfix_str(now)
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            tqdm.write("Ctrl-C: the running cells finish their iteration and save. Again to stop now.")
+            for process in running.values():
+                process.send_signal(signal.SIGINT)
+            for process in running.values():
+                process.wait()
+            raise
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+
+
+# --- The report -------------------------------------------------------------------------------------------------
+def measure(run_dir, task):
+    """Numbers of a run for one of its tasks: success in 0...1, score in -100...100, minutes, training episodes."""
+    s, evals, finished = progress_of(run_dir)
+    metrics = records(run_dir / "metrics.jsonl")
+    curve = [{"iteration": e["iteration"], "episodes": e["training_episodes"], "success": e["tasks"][task]["share_100"],
+              "score": e["tasks"][task]["mean"]} for e in evals if task in e["tasks"]]
+    seconds = sum(v for m in metrics for k, v in m.items() if k.startswith("seconds_")) + sum(e["seconds"] for e in evals)
+    return {"state": "missing" if s is None else "finished" if finished else f"{len(metrics)} of {s['iterations']}",
+            **{name: float(np.mean([p[name] for p in curve[-3:]])) if curve else None for name in ("success", "score")},
+            "minutes": round(seconds / 60, 2), "episodes": sum(m["episodes"] for m in metrics), "curve": curve}
+
+
+def mean_of_tasks(cells):
+    """The same numbers as means over tasks, at the evaluations that all of them have."""
+    curves = [{p["iteration"]: p for p in cell["curve"]} for cell in cells]
+    curve = [{name: float(np.mean([c[i][name] for c in curves])) for name in curves[0][i]}
+             for i in sorted(set.intersection(*map(set, curves)))]
+    states = {cell["state"] for cell in cells}
+    return {"state": states.pop() if len(states) == 1 else "missing" if "missing" in states else "unfinished",
+            **{name: float(np.mean([cell[name] for cell in cells])) if curve else None
+               for name in ("success", "score", "minutes", "episodes")}, "curve": curve}
+
+
+def report(out, sweep):
+    """Write summary.md, curves.png and results.json from what the cells have left so far."""
+    tasks, presets, seeds = sweep["tasks"], sweep["presets"], sweep["seeds"]
+
+    home = "together" if sweep["settings"]["together"] else ""
+    results = {task: {p: {str(s): measure(out / (home or task) / p / str(s), task) for s in seeds} for p in presets}
+               for task in tasks}
+    if len(tasks) > 1:
+        results = {f"mean of {len(tasks)} tasks": {
+            p: {str(s): mean_of_tasks([results[task][p][str(s)] for task in tasks]) for s in seeds} for p in presets}
+        } | results
+    (out / "results.json").write_text(json.dumps(
+        {"runs": sweep["runs"], "settings": sweep["settings"], "failed": sweep["failed"], "tasks": results}, indent=1))
+    lines = ["# Tip-free success (mean of the last three evaluations)", ""]
+    for task, rows in results.items():
+        lines += [f"## {task}", "", "| preset | " + " | ".join(f"seed {s}" for s in seeds) +
+                  " | mean | max - min | mean score | minutes per run | episodes |", "|---" * (len(seeds) + 6) + "|"]
+        for preset, row in rows.items():
+            shown = ["missing" if c["success"] is None else f"{c['success']:.3f}" if c["state"] == "finished" else
+                     f"{c['success']:.3f} ({c['state']})" for c in row.values()]
+            there = [c for c in row.values() if c["success"] is not None]
+            success, score, minutes, episodes = ([c[name] for c in there] for name in
+                                                 ("success", "score", "minutes", "episodes"))
+            shown += [f"{np.mean(success):.3f}", f"{max(success) - min(success):.3f}", f"{np.mean(score):.1f}",
+                      f"{np.mean(minutes):.1f}", f"{sum(episodes):.0f}"] if there else ["missing"] * 5
+            lines.append(f"| {preset} | {' | '.join(shown)} |")
+        lines.append("")
+    lines += [f"- {name} failed with {why}" for name, why in sweep["failed"].items()]
+    lines += ["", "Run with " + "; ".join(", ".join(f"`{value}`" if key == "command" else f"{key} {value}"
+                                                    for key, value in run.items()) for run in sweep["runs"]) + ".", "",
+              "Means are over the seeds that have an evaluation; unfinished runs count with what they have.", ""]
+    (out / "summary.md").write_text("\n".join(lines))
+    draw(out / "curves.png", results, "score" if sweep["settings"]["env"] == "scienceworld" else "success")
+
+
+def draw(path, results, what):
+    """A panel per task: the mean over seeds of each preset, shaded from the lowest to the highest seed."""
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, (task, table) in itertools.zip_longest(panels, results.items(), fillvalue=("", {})):
+        for preset, row in table.items():
+            curves = [{p["iteration"]: p for p in cell["curve"]} for cell in row.values()]
+            points = [[c[i] for c in curves if i in c] for i in sorted(set().union(*curves))]  # of each evaluation
+            x = [np.mean([p["episodes"] for p in seeds]) for seeds in points]
+            y = [[p[what] for p in seeds] for seeds in points]
+            finished = sum(cell["state"] == "finished" for cell in row.values())
+            label = preset if finished == len(row) else f"{preset} ({finished} of {len(row)} seeds finished)"
+            line, = panel.plot(x, [np.mean(v) for v in y], marker=".", label=label)
+            panel.fill_between(x, [min(v) for v in y], [max(v) for v in y], alpha=0.2, color=line.get_color())
+        panel.set(title=task, xlabel="training episodes", ylabel=f"tip-free {what}", visible=bool(table))
+        if what == "success":
+            panel.set_ylim(-0.03, 1.03)
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------
+def surroundings(argv):
+    """What the cells were run with; the commit ends in + if the files differ from it."""
+    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"],
+                         capture_output=True, text=True) if shutil.which("git") else None
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else (
+        f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores")
+    return {"command": shlex.join(["python", "sweep.py", *argv]),
+            **({"commit": git.stdout.strip()} if git and git.returncode == 0 else {}),
+            "torch": torch.__version__, "hardware": hardware}
+
+
+def split_command(argv):
+    """(parsed arguments, what goes to train.py); those of a named experiment come first, so that later ones count."""
+    named = argv[:1] if argv and not argv[0].startswith("-") else []
+    if named and named[0] not in EXPERIMENTS:
+        raise ValueError(f"unknown experiment {named[0]}; there are: {', '.join(EXPERIMENTS)}")
+    own, extra = ["--out", f"sweeps/{named[0]}"] if named else [], []
+    for part in (EXPERIMENTS[named[0]] if named else [], argv[len(named):]):
+        cut = part.index("--") if "--" in part else len(part)
+        own, extra = own + part[:cut], extra + part[cut + 1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python sweep.py [EXPERIMENT] [options] [-- settings of train.py]")
+    parser.add_argument("--out", type=Path, help="folder of the sweep [sweeps/EXPERIMENT]")
+    parser.add_argument("--tasks", nargs="+", default=empo2.Settings().tasks, help="a run for each task")
+    parser.add_argument("--presets", nargs="+", default=["grpo", "empo2"], help=f"of: {', '.join(empo2.PRESETS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
+    parser.add_argument("--together", action="store_true", help="train all tasks in one run")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report of what is there")
+    return parser.parse_args(own), extra
+
+
+def settings_of(args, extra):
+    """What all cells share, as train.py reads it; bad input is refused here, before anything is started."""
+    for preset in args.presets:
+        empo2.Settings(preset=preset)
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}; it must be positive")
+    own = [a for a in extra if a.lstrip("-").split("=")[0].replace("-", "_") in ("tasks", "preset", "seed", "run_dir", "resume")]
+    if own:
+        raise ValueError(f"{own[0]} stands after --, but is the sweep's own; see --help")
+    s = dataclasses.asdict(train.parse([*extra, "--tasks", *args.tasks, "--run-dir", str(args.out / "no run")])[0])
+    if not s["eval_every"]:
+        raise ValueError("a sweep compares tip-free evaluations; add -- --eval-every 5")
+    shared = {k: v for k, v in s.items() if k not in ("preset", "seed", "run_dir", "resume", *train.RESUMABLE)}
+    return shared | {"tasks": sorted(args.tasks) if args.together else None, "together": args.together}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    try:
+        args, extra = split_command(argv)
+        if not args.out:
+            raise ValueError(f"name a folder with --out, or an experiment: {', '.join(EXPERIMENTS)}")
+        path = args.out / "sweep.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        if args.report:
+            if not old:
+                raise ValueError(f"{args.out}: no sweep here")
+            report(args.out, old)
+            return 0
+        settings = settings_of(args, extra)
+        if not any(args.out.glob("*/*/*/settings.json")):
+            old = {}
+        changed = [k for k in settings if old and settings[k] != old["settings"].get(k)]
+        if changed:
+            raise ValueError(f"{args.out} was run with other settings; use another --out, or as before " + ", ".join(
+                f"{k} = {old['settings'].get(k)} (now {settings[k]})" for k in changed))
+        args.out.mkdir(parents=True, exist_ok=True)
+        lock = open(args.out / "sweep.lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{args.out}: another sweep, or a run that it left, is at work here") from None
+        sweep = {"settings": settings, "failed": old.get("failed", {}), "runs": old.get("runs", [])} | {
+            name: list(dict.fromkeys(old.get(name, []) + getattr(args, name))) for name in ("tasks", "presets", "seeds")}
+        sweep["runs"] += [run for run in [surroundings(argv)] if run not in sweep["runs"]]
+
+        def save():
+            path.with_suffix(".tmp").write_text(json.dumps(sweep, indent=1))
+            os.replace(path.with_suffix(".tmp"), path)
+        save()
+        groups = {"together": args.tasks} if args.together else {task: [task] for task in args.tasks}
+        cells = {f"{home}/{p}/{seed}": (args.out / home / p / str(seed), tasks, p, seed)
+                 for seed in args.seeds for home, tasks in groups.items() for p in args.presets}
+        try:
+            run_cells(cells, extra, args.jobs, lock, sweep["failed"], save)
+        finally:
+            save()
+            report(args.out, sweep)
+    except KeyboardInterrupt:
+        print("sweep.py: stopped; the same command continues", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {len(cells)} cells, {sum(n in sweep['failed'] for n in cells)} failed; see summary.md, curves.png")
+    return int(any(name in sweep["failed"] for name in cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
