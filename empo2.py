@@ -104,7 +104,7 @@ class Settings:
     eval_episodes: int = setting(4, "episodes of each of them")
     eval_temperature: float = setting(0.4, "of their sampling; 0 = greedy")
     # The run
-    run_dir: Optional[str] = setting(None, "where results go [runs/ENV-TASK-PRESET-SEED]; must not exist, or --resume")
+    run_dir: Optional[str] = setting(None, "where results go [runs/ENV-TASK-SEED]; must not exist, or --resume")
     resume: bool = setting(False, "continue the run in run_dir from its last checkpoint")
     save_every: int = setting(1, "iterations between checkpoints")
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep")

@@ -16,7 +16,6 @@ import argparse
 import ctypes
 import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -29,13 +28,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import empo2
 import train
+from report import progress_of, report
 
 ROOT, LIBC = Path(__file__).parent, ctypes.CDLL(None)
 EXPERIMENTS = {
@@ -45,20 +43,6 @@ EXPERIMENTS = {
 
 
 # --- The cells --------------------------------------------------------------------------------------------------
-def records(path):
-    """The whole lines of a JSON-lines file: it may be growing, or have been cut in a line."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def progress_of(run_dir):
-    """(settings or None, evaluations, is it finished?) of a cell's run."""
-    if not (run_dir / "settings.json").exists():
-        return None, [], False
-    s, evals = json.loads((run_dir / "settings.json").read_text()), records(run_dir / "evals.jsonl")
-    return s, evals, bool(evals) and evals[-1]["iteration"] == s["iterations"]  # the last thing that a run writes
-
-
 def start_cell(run_dir, tasks, preset, seed, extra, env, lock):
     """Start or continue the run of a cell in a process of its own."""
     if run_dir.exists() and not train.checkpoints(run_dir):
@@ -119,88 +103,6 @@ def run_cells(cells, extra, jobs, lock, failed, save):
                 process.wait()
 
 
-# --- The report -------------------------------------------------------------------------------------------------
-def measure(run_dir, task):
-    """Numbers of a run for one of its tasks: success in 0...1, score in -100...100, minutes, training episodes."""
-    s, evals, finished = progress_of(run_dir)
-    metrics = records(run_dir / "metrics.jsonl")
-    curve = [{"iteration": e["iteration"], "episodes": e["training_episodes"], "success": e["tasks"][task]["share_100"],
-              "score": e["tasks"][task]["mean"]} for e in evals if task in e["tasks"]]
-    seconds = sum(v for m in metrics for k, v in m.items() if k.startswith("seconds_")) + sum(e["seconds"] for e in evals)
-    return {"state": "missing" if s is None else "finished" if finished else f"{len(metrics)} of {s['iterations']}",
-            **{name: float(np.mean([p[name] for p in curve[-3:]])) if curve else None for name in ("success", "score")},
-            "minutes": round(seconds / 60, 2), "episodes": sum(m["episodes"] for m in metrics), "curve": curve}
-
-
-def mean_of_tasks(cells):
-    """The same numbers as means over tasks, at the evaluations that all of them have."""
-    curves = [{p["iteration"]: p for p in cell["curve"]} for cell in cells]
-    curve = [{name: float(np.mean([c[i][name] for c in curves])) for name in curves[0][i]}
-             for i in sorted(set.intersection(*map(set, curves)))]
-    states = {cell["state"] for cell in cells}
-    return {"state": states.pop() if len(states) == 1 else "missing" if "missing" in states else "unfinished",
-            **{name: float(np.mean([cell[name] for cell in cells])) if curve else None
-               for name in ("success", "score", "minutes", "episodes")}, "curve": curve}
-
-
-def report(out, sweep):
-    """Write summary.md, curves.png and results.json from what the cells have left so far."""
-    tasks, presets, seeds = sweep["tasks"], sweep["presets"], sweep["seeds"]
-
-    home = "together" if sweep["settings"]["together"] else ""
-    results = {task: {p: {str(s): measure(out / (home or task) / p / str(s), task) for s in seeds} for p in presets}
-               for task in tasks}
-    if len(tasks) > 1:
-        results = {f"mean of {len(tasks)} tasks": {
-            p: {str(s): mean_of_tasks([results[task][p][str(s)] for task in tasks]) for s in seeds} for p in presets}
-        } | results
-    (out / "results.json").write_text(json.dumps(
-        {"runs": sweep["runs"], "settings": sweep["settings"], "failed": sweep["failed"], "tasks": results}, indent=1))
-    lines = ["# Tip-free success (mean of the last three evaluations)", ""]
-    for task, rows in results.items():
-        lines += [f"## {task}", "", "| preset | " + " | ".join(f"seed {s}" for s in seeds) +
-                  " | mean | max - min | mean score | minutes per run | episodes |", "|---" * (len(seeds) + 6) + "|"]
-        for preset, row in rows.items():
-            shown = ["missing" if c["success"] is None else f"{c['success']:.3f}" if c["state"] == "finished" else
-                     f"{c['success']:.3f} ({c['state']})" for c in row.values()]
-            there = [c for c in row.values() if c["success"] is not None]
-            success, score, minutes, episodes = ([c[name] for c in there] for name in
-                                                 ("success", "score", "minutes", "episodes"))
-            shown += [f"{np.mean(success):.3f}", f"{max(success) - min(success):.3f}", f"{np.mean(score):.1f}",
-                      f"{np.mean(minutes):.1f}", f"{sum(episodes):.0f}"] if there else ["missing"] * 5
-            lines.append(f"| {preset} | {' | '.join(shown)} |")
-        lines.append("")
-    lines += [f"- {name} failed with {why}" for name, why in sweep["failed"].items()]
-    lines += ["", "Run with " + "; ".join(", ".join(f"`{value}`" if key == "command" else f"{key} {value}"
-                                                    for key, value in run.items()) for run in sweep["runs"]) + ".", "",
-              "Means are over the seeds that have an evaluation; unfinished runs count with what they have.", ""]
-    (out / "summary.md").write_text("\n".join(lines))
-    draw(out / "curves.png", results, "score" if sweep["settings"]["env"] == "scienceworld" else "success")
-
-
-def draw(path, results, what):
-    """A panel per task: the mean over seeds of each preset, shaded from the lowest to the highest seed."""
-    columns = min(3, len(results))
-    rows = -(-len(results) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, (task, table) in itertools.zip_longest(panels, results.items(), fillvalue=("", {})):
-        for preset, row in table.items():
-            curves = [{p["iteration"]: p for p in cell["curve"]} for cell in row.values()]
-            points = [[c[i] for c in curves if i in c] for i in sorted(set().union(*curves))]  # of each evaluation
-            x = [np.mean([p["episodes"] for p in seeds]) for seeds in points]
-            y = [[p[what] for p in seeds] for seeds in points]
-            finished = sum(cell["state"] == "finished" for cell in row.values())
-            label = preset if finished == len(row) else f"{preset} ({finished} of {len(row)} seeds finished)"
-            line, = panel.plot(x, [np.mean(v) for v in y], marker=".", label=label)
-            panel.fill_between(x, [min(v) for v in y], [max(v) for v in y], alpha=0.2, color=line.get_color())
-        panel.set(title=task, xlabel="training episodes", ylabel=f"tip-free {what}", visible=bool(table))
-        if what == "success":
-            panel.set_ylim(-0.03, 1.03)
-    figure.axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
 # --- Command line -----------------------------------------------------------------------------------------------
 def surroundings(argv):
     """What the cells were run with; the commit ends in + if the files differ from it."""
@@ -241,14 +143,28 @@ def settings_of(args, extra):
         empo2.Settings(preset=preset)
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}; it must be positive")
-    own = [a for a in extra if a.lstrip("-").split("=")[0].replace("-", "_") in ("tasks", "preset", "seed", "run_dir", "resume")]
+    own = train.names(extra) & {"tasks", "preset", "seed", "run_dir", "resume"}
     if own:
-        raise ValueError(f"{own[0]} stands after --, but is the sweep's own; see --help")
-    s = dataclasses.asdict(train.parse([*extra, "--tasks", *args.tasks, "--run-dir", str(args.out / "no run")])[0])
+        raise ValueError(f"--{min(own)} stands after --, but is the sweep's own; see --help")
+    nowhere = str(args.out / "no run")  # parse refuses a directory that exists
+    s = dataclasses.asdict(train.parse([*extra, "--tasks", *args.tasks, "--run-dir", nowhere])[0])
     if not s["eval_every"]:
         raise ValueError("a sweep compares tip-free evaluations; add -- --eval-every 5")
     shared = {k: v for k, v in s.items() if k not in ("preset", "seed", "run_dir", "resume", *train.RESUMABLE)}
     return shared | {"tasks": sorted(args.tasks) if args.together else None, "together": args.together}
+
+
+def take_lock(out, seconds=5):
+    """The open lock file of the folder; the runs of a sweep that was just killed need a moment to go."""
+    lock, end = open(out / "sweep.lock", "w"), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise ValueError(f"{out}: another sweep, or a run that it left, is at work here") from None
+            time.sleep(0.1)
 
 
 def main(argv=None):
@@ -274,14 +190,12 @@ def main(argv=None):
             raise ValueError(f"{args.out} was run with other settings; use another --out, or as before " + ", ".join(
                 f"{k} = {old['settings'].get(k)} (now {settings[k]})" for k in changed))
         args.out.mkdir(parents=True, exist_ok=True)
-        lock = open(args.out / "sweep.lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{args.out}: another sweep, or a run that it left, is at work here") from None
-        sweep = {"settings": settings, "failed": old.get("failed", {}), "runs": old.get("runs", [])} | {
-            name: list(dict.fromkeys(old.get(name, []) + getattr(args, name))) for name in ("tasks", "presets", "seeds")}
-        sweep["runs"] += [run for run in [surroundings(argv)] if run not in sweep["runs"]]
+        lock = take_lock(args.out)
+        sweep = {"settings": settings, "failed": old.get("failed", {}), "runs": old.get("runs", [])}
+        for name in ("tasks", "presets", "seeds"):  # what was asked for before stays in the report
+            sweep[name] = list(dict.fromkeys(old.get(name, []) + getattr(args, name)))
+        now = surroundings(argv)
+        sweep["runs"] += [now] if now not in sweep["runs"] else []
 
         def save():
             path.with_suffix(".tmp").write_text(json.dumps(sweep, indent=1))
@@ -301,8 +215,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {len(cells)} cells, {sum(n in sweep['failed'] for n in cells)} failed; see summary.md, curves.png")
-    return int(any(name in sweep["failed"] for name in cells))
+    failed = sum(name in sweep["failed"] for name in cells)
+    print(f"{len(cells) - failed} of {len(cells)} cells are finished; see {args.out}/summary.md and curves.png")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

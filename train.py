@@ -1,6 +1,6 @@
 """EMPO² training: `python train.py --env scienceworld`. The loop in `train` is Algorithm 1; the rest is bookkeeping.
 
-A run leaves in its directory (default runs/ENV-TASK-SEED, with the preset's name before the seed if one is given):
+A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRESET-SEED):
   settings.json     every setting, with the defaults that the hardware decided
   metrics.jsonl     one line per iteration (README: metric glossary)
   evals.jsonl       with --eval-every: one line per tip-free evaluation on the test variations
@@ -69,8 +69,7 @@ def train(s, run_dir, start=None):
             if iteration % s.save_every == 0 or stop:
                 save_checkpoint(run_dir, iteration, parts, s)
             if s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations) and not interrupted:
-                result = log_evaluation(policy, simulators, eval_pool, iteration, s, run_dir, bar)
-                shown["eval"] = f"{result['score']:.1f}/{result['success']:.0%}"
+                shown["eval"] = log_evaluation(policy, simulators, eval_pool, iteration, s, run_dir, bar)
                 bar.set_postfix(shown)
             if stop:
                 break
@@ -226,7 +225,7 @@ def log_evaluation(policy, simulators, pool, iteration, s, run_dir, bar):
         "seconds_training": round(sum(v for m in past for k, v in m.items() if k.startswith("seconds_")), 2),
         "seconds": round(time.perf_counter() - since, 2)}
     append(run_dir / "evals.jsonl", [result])
-    return result
+    return f"{result['score']:.1f}, {result['success']:.0%} solved"
 
 
 class Clock:
@@ -302,6 +301,11 @@ def load_checkpoint(run_dir, iteration, parts):
 
 
 # --- Command line -----------------------------------------------------------------------------------------------
+def names(argv):
+    """The settings that a command line gives."""
+    return {a.lstrip("-").split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+
+
 def parse(argv):
     """(settings, run directory, checkpoint to start from, lines of what was decided) from the command line, where a
     setting goes before the preset; on --resume from the run, which may only be made longer."""
@@ -311,7 +315,7 @@ def parse(argv):
     if unknown:
         close = difflib.get_close_matches(unknown[0], list(parser._option_string_actions), cutoff=0.75)
         raise ValueError(f"unknown setting {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
-    given = {a.lstrip("-").split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+    given = names(argv)
     preset = {name: value for name, value in empo2.PRESETS[s.preset].items() if name not in given}
     s, reasons = hardware_defaults(dataclasses.replace(s, **preset))
     notes = [f"preset {s.preset}:", *(f"  {name} = {value}" for name, value in preset.items())] if preset else []

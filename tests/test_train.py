@@ -4,11 +4,13 @@
 """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -105,6 +107,8 @@ def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished
     new = ["--model", checkpoint, "--run-dir", str(tmp_path / "new")]
     assert "unknown environment" in refused(capsys, *new, "--env", "nowhere")
     assert "did you mean" in refused(capsys, *new, "--env", "house", "--tasks", "radios")
+    assert "unknown preset gpro; did you mean grpo?" in refused(capsys, *new, "--preset", "gpro")
+    assert "must be positive" in refused(capsys, *new, "--eval-episodes", "0")
     assert "unknown option" in refused(capsys, *new, "--env", "house", "--tasks", "fan", "--env-options", "attics=2")
     assert "name=value" in refused(capsys, *new, "--env", "house", "--env-options", "rooms")
     assert "must be positive" in refused(capsys, *new, "--tasks-per-iteration", "0")
@@ -115,6 +119,7 @@ def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished
     assert "tokenizer" in refused(capsys, *SMALL, "--model", str(tmp_path), "--run-dir", str(tmp_path / "new2"))
     assert "exists" in refused(capsys, *SMALL, "--model", checkpoint, "--run-dir", str(finished))
     assert "cannot change" in refused(capsys, "--resume", "--run-dir", str(finished), "--seed", "7")
+    assert "preset cannot change" in refused(capsys, "--resume", "--run-dir", str(finished), "--preset", "grpo")
     assert "nothing to resume" in refused(capsys, "--resume", "--run-dir", str(tmp_path / "never"))
     assert "unknown setting --memory-probs; did you mean --memory-prob?" in refused(capsys, "--memory-probs", "1")
     assert "unknown setting --nonsense; see --help" in refused(capsys, "--nonsense", "1")
@@ -124,7 +129,6 @@ def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished
 @pytest.mark.parametrize("name", ["optimizer.pt", "tips.npz", "novelty.npz", "state.json",
                                   "adapter_model.safetensors", "adapter_config.json"])
 def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(finished, tmp_path, capsys, name):
-    import shutil
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     path = run_dir / "checkpoint-4" / name
@@ -155,7 +159,6 @@ def test_resume_from_the_first_checkpoint_repeats_nothing(finished, checkpoint, 
 
 
 def test_a_run_can_be_made_longer_but_not_shorter(finished, tmp_path, capsys):
-    import shutil
     assert "can only make it longer" in refused(capsys, "--resume", "--run-dir", str(finished), "--iterations", "2")
     run_dir = tmp_path / "longer"
     shutil.copytree(finished, run_dir)
@@ -178,6 +181,73 @@ def test_evaluation_of_a_run_and_of_a_base_model(finished, checkpoint, tmp_path,
     assert "exists" in refused(capsys, "--model", checkpoint, "--out", str(base), run=evaluation.main)
     assert "no run with a checkpoint" in refused(capsys, str(tmp_path), run=evaluation.main)
     assert "no folder" in refused(capsys, str(finished), "--out", str(tmp_path / "no" / "x.json"), run=evaluation.main)
+
+
+@pytest.mark.parametrize("name", empo2.PRESETS)
+def test_a_preset_differs_in_what_it_names_and_the_command_line_goes_first(name, tmp_path):
+    new = ["--run-dir", str(tmp_path / "new")]
+    plain, ours = (vars(train.parse([*new, *given])[0]) for given in ([], ["--preset", name]))
+    named = empo2.PRESETS[name]
+    assert {k: v for k, v in ours.items() if v != plain[k]} == named | ({"preset": name} if name != "empo2" else {})
+    if "memory_prob" in named:
+        s, _, _, notes = train.parse([*new, "--memory_prob=0.6", "--preset", name])
+        assert s.memory_prob == 0.6 and not any("memory_prob" in note for note in notes)
+
+
+def test_reflexion_moves_no_weight(checkpoint, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    s = [*SMALL, "--model", checkpoint, "--run-dir", str(run_dir), "--iterations", "2", "--keep-checkpoints", "3"]
+    del s[s.index("--memory-prob"):s.index("--memory-prob") + 2]
+    assert train.main([*s, "--preset", "reflexion"]) == 0
+    assert "learning_rate = 0.0" in capsys.readouterr().out
+    first, last = ((run_dir / f"checkpoint-{n}" / "adapter_model.safetensors").read_bytes() for n in (0, 2))
+    assert first == last
+    metrics = records(run_dir / "metrics.jsonl")
+    assert [m["iteration"] for m in metrics] == [0, 1] and metrics[1]["memory_turns"] > 0 and "score" in metrics[1]
+    assert train.main(["--resume", "--run-dir", str(run_dir), "--iterations", "3"]) == 0
+
+
+def test_evaluations_disturb_nothing_and_survive_a_crash(finished, checkpoint, tmp_path):
+    """The same metrics and weights as without them; after a crash the same evaluations as without it."""
+    run_dir, copy = tmp_path / "run", tmp_path / "copy"
+    made, make = [], train.envs.make
+    train.envs.make = lambda *args, **kwargs: made.append(1) or make(*args, **kwargs)
+    try:
+        assert train.main([*SMALL, "--model", checkpoint, "--run-dir", str(run_dir), "--iterations", "4",
+                           "--eval-every", "3", "--eval-variations", "3", "--eval-episodes", "2"]) == 0
+    finally:
+        train.envs.make = make
+    assert len(made) == 6, "the simulators of training are used"
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        assert without_times(records(run_dir / name)) == without_times(records(finished / name))
+    ours, theirs = (load_file(d / "checkpoint-4" / "adapter_model.safetensors") for d in (run_dir, finished))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    evals = records(run_dir / "evals.jsonl")
+    assert [e["iteration"] for e in evals] == [0, 3, 4] and [e["training_episodes"] for e in evals] == [0, 18, 24]
+    assert set(evals[0]["tasks"]) == {"radio", "fan"} and evals[0]["tasks"]["fan"]["episodes"] == 6
+    assert evals[2]["score"] == sum(t["mean"] for t in evals[2]["tasks"].values()) / 2
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "checkpoint-4")  # stopped during the last evaluation but one
+    text = (copy / "evals.jsonl").read_text()
+    (copy / "evals.jsonl").write_text(text[:len(text) - 40])
+    assert train.main(["--resume", "--run-dir", str(copy)]) == 0
+
+    def timeless(path):
+        return [{k: v for k, v in e.items() if not k.startswith("seconds")} for e in records(path / "evals.jsonl")]
+    assert timeless(copy) == timeless(run_dir)
+
+
+def test_the_policy_is_left_as_it_was(checkpoint):
+    s = empo2.Settings(env="house", tasks=["fan"], model=checkpoint, group_size=2, rollout_batch=2, action_tokens=4)
+    policy = train.load_policy(s)
+    simulators, pool = train.make_envs(s, "test")
+    heard, sample = [], policy.sample
+    policy.sample = lambda *args, **kwargs: heard.append(policy.temperature) or sample(*args, **kwargs)
+    draws = [empo2.evaluate(policy, simulators, pool, 2, 0.4, s, np.random.default_rng(3), train.envs.EnvFault)[1]
+             for _ in range(2)]
+    assert set(heard) == {0.4} and policy.temperature == 1.0 and not policy.cache.layers
+    assert [[t.action for t in e.turns] for e in draws[0]] == [[t.action for t in e.turns] for e in draws[1]]
+    assert len(draws[0]) == 8 and not any(t.tips for e in draws[0] for t in e.turns)
 
 
 def test_help_teaches():
