@@ -112,7 +112,7 @@ class Settings:
 
     def __post_init__(self):
         if self.preset not in PRESETS:
-            close = difflib.get_close_matches(self.preset, PRESETS, cutoff=0.4)
+            close = difflib.get_close_matches(self.preset, PRESETS, cutoff=0.5)
             raise ValueError(f"unknown preset {self.preset}; " + (
                 f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(PRESETS)}"))
         for name in ("memory_prob", "offpolicy_prob", "min_prob", "tip_threshold", "novelty_threshold"):
@@ -577,17 +577,17 @@ def figures(episodes):
     return {name: round(float(value), 4) for name, value in zip(FIGURES, values)}
 
 
-def evaluate(policy, envs, pool, episodes, temperature, s, rng, env_fault, progress=lambda phase, text: None):
+def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, progress=lambda phase, text: None):
     """Play `episodes` of each (task, variation) of the pool, without memory and without learning.
 
     Returns ({task: figures, episodes, variations}, all episodes, number dropped). Draws from torch's global
-    generator, which is seeded by rng; temperature and cache of the policy are put back.
+    generator, which it seeds; temperature and cache of the policy are put back.
     """
     jobs = [(task, v, group) for group, (task, v) in enumerate(pool) for _ in range(episodes)]
-    torch.manual_seed(int(rng.integers(2 ** 62)))
+    torch.manual_seed(seed)
     training_temperature, policy.temperature = policy.temperature, temperature
-    waves = rollout(policy, envs, jobs, None, None, lambda texts: [None] * len(texts), replace(s, memory_prob=0.0), rng,
-                    env_fault, progress)
+    waves = rollout(policy, envs, jobs, None, None, lambda texts: [None] * len(texts), replace(s, memory_prob=0.0),
+                    np.random.default_rng(seed), env_fault, progress)
     played = [episode for wave in waves for episode in wave]
     policy.temperature = training_temperature
     policy.forget()

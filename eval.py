@@ -13,7 +13,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -64,8 +63,8 @@ def main(argv=None):
             s, variations=args.variations, tasks_per_iteration=None, group_size=args.episodes), args.split)
         with tqdm(desc="evaluating", bar_format="{desc} {elapsed}") as bar:
             table, played, dropped = empo2.evaluate(
-                policy, simulators, pool, args.episodes, args.temperature, s, np.random.default_rng(s.seed),
-                envs.EnvFault, lambda phase, text: bar.set_description(f"evaluating {text}"))
+                policy, simulators, pool, args.episodes, args.temperature, s, s.seed, envs.EnvFault,
+                lambda phase, text: bar.set_description(f"evaluating {text}"))
     except KeyboardInterrupt:
         print("\neval.py: stopped; nothing was written", file=sys.stderr)
         return 130

@@ -62,22 +62,25 @@ def report(out, sweep):
         {"runs": sweep["runs"], "settings": sweep["settings"], "failed": sweep["failed"], "tasks": results}, indent=1))
     lines = ["# Tip-free success (mean of the last three evaluations)", ""]
     for task, rows in results.items():
-        lines += [f"## {task}", "", "| preset | " + " | ".join(f"seed {s}" for s in seeds) +
-                  " | mean | max - min | mean score | minutes per run | episodes per run |", "|---" * (len(seeds) + 6) + "|"]
+        columns = ["preset", *(f"seed {s}" for s in seeds), "mean", "max - min", "mean score", "minutes per run",
+                   "episodes per run"]
+        lines += [f"## {task}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for preset, row in rows.items():
             shown = ["missing" if c["success"] is None else f"{c['success']:.3f}" if c["state"] == "finished" else
                      f"{c['success']:.3f} ({c['state']})" for c in row.values()]
-            there = [c for c in row.values() if c["success"] is not None]
+            there = [c for c in row.values() if c["state"] == "finished"]
             success, score, minutes, episodes = ([c[name] for c in there] for name in
                                                  ("success", "score", "minutes", "episodes"))
             shown += [f"{np.mean(success):.3f}", f"{max(success) - min(success):.3f}", f"{np.mean(score):.1f}",
                       f"{np.mean(minutes):.1f}", f"{np.mean(episodes):.0f}"] if there else ["missing"] * 5
+            if len(there) < len(row):
+                shown[len(row)] += f" ({len(there)} of {len(row)} seeds)"
             lines.append(f"| {preset} | {' | '.join(shown)} |")
         lines.append("")
     lines += [f"- {name} failed with {why}" for name, why in sweep["failed"].items()]
     lines += ["", "Run with " + "; ".join(", ".join(f"`{value}`" if key == "command" else f"{key} {value}"
                                                     for key, value in run.items()) for run in sweep["runs"]) + ".", "",
-              "Means are over the seeds that have an evaluation; unfinished runs count with what they have.", ""]
+              "Means are over finished runs.", ""]
     (out / "summary.md").write_text("\n".join(lines))
     draw(out / "curves.png", results, "score" if sweep["settings"]["env"] == "scienceworld" else "success")
 

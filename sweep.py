@@ -18,7 +18,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -45,17 +44,15 @@ EXPERIMENTS = {
 # --- The cells --------------------------------------------------------------------------------------------------
 def start_cell(run_dir, tasks, preset, seed, extra, env, lock):
     """Start or continue the run of a cell in a process of its own."""
-    if run_dir.exists() and not train.checkpoints(run_dir):
-        shutil.rmtree(run_dir)
+    if not train.checkpoints(run_dir):
+        shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), "--run-dir", str(run_dir)]
     command += ["--resume"] if run_dir.exists() else [
         *extra, "--tasks", *tasks, "--preset", preset, "--seed", str(seed),
         *(f"--{name}={value}" for name, value in empo2.PRESETS[preset].items())]
-
-    def die_with_the_sweep():
-        if sys.platform == "linux":  # no orphan even after kill -9; elsewhere the lock that it holds tells of it
-            LIBC.prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+    # No orphan even if the sweep is killed by -9 (1 = PR_SET_PDEATHSIG); elsewhere the lock that it holds tells of it.
+    die_with_the_sweep = (lambda: LIBC.prctl(1, signal.SIGKILL)) if sys.platform == "linux" else None
     with open(f"{run_dir}.log", "ab") as log:  # its own session: Ctrl-C reaches it once, through the sweep
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
                                 pass_fds=[lock.fileno()], start_new_session=True, preexec_fn=die_with_the_sweep)
@@ -63,11 +60,10 @@ def start_cell(run_dir, tasks, preset, seed, extra, env, lock):
 
 def run_cells(cells, extra, jobs, lock, failed, save):
     """Run what is not finished of the cells {name: (run_dir, tasks, preset, seed)}; `failed` gets {name: why}."""
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}  # or the log would end with what was said first
-    if jobs > 1 and not torch.cuda.is_available():
-        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+    env = (threads if jobs > 1 and not torch.cuda.is_available() else {}) | os.environ | {"PYTHONUNBUFFERED": "1"}  # unbuffered: the log ends with what was said last
     waiting = [name for name, (run_dir, *_) in cells.items() if not progress_of(run_dir)[2]]
-    running, shown = {}, None
+    running = {}
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="cells", dynamic_ncols=True) as bar:
         try:
             while waiting or running:
@@ -84,10 +80,9 @@ def run_cells(cells, extra, jobs, lock, failed, save):
                     save()
                     bar.update()
                 evals = {name: progress_of(cells[name][0])[1] for name in running}
-                now = f"running {len(running)}: " + ", ".join(
-                    f"{name} {e[-1]['success']:.0%}" if e else name for name, e in evals.items())
-                if now != shown:
-                    shown = now
+                now = ", ".join(f"{name} {e[-1]['success']:.0%}" if e else name for name, e in evals.items())
+                now = f"{len(running)} running: {now}"
+                if now != bar.postfix:
                     bar.set_postfix_str(now)
                 time.sleep(0.2)
         except KeyboardInterrupt:
@@ -110,7 +105,7 @@ def surroundings(argv):
                          capture_output=True, text=True) if shutil.which("git") else None
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else (
-        f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores")
+        f"{cpu[1] if cpu else 'CPU'}, {os.cpu_count()} cores")
     return {"command": shlex.join(["python", "sweep.py", *argv]),
             **({"commit": git.stdout.strip()} if git and git.returncode == 0 else {}),
             "torch": torch.__version__, "hardware": hardware}
@@ -134,7 +129,10 @@ def split_command(argv):
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
     parser.add_argument("--together", action="store_true", help="train all tasks in one run")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of what is there")
-    return parser.parse_args(own), extra
+    args = parser.parse_args(own)
+    if not args.out:
+        raise ValueError(f"name a folder with --out, or an experiment: {', '.join(EXPERIMENTS)}")
+    return args, extra
 
 
 def settings_of(args, extra):
@@ -150,8 +148,8 @@ def settings_of(args, extra):
     s = dataclasses.asdict(train.parse([*extra, "--tasks", *args.tasks, "--run-dir", nowhere])[0])
     if not s["eval_every"]:
         raise ValueError("a sweep compares tip-free evaluations; add -- --eval-every 5")
-    shared = {k: v for k, v in s.items() if k not in ("preset", "seed", "run_dir", "resume", *train.RESUMABLE)}
-    return shared | {"tasks": sorted(args.tasks) if args.together else None, "together": args.together}
+    return {k: v for k, v in s.items() if k not in ("preset", "seed", "run_dir", "resume", *train.RESUMABLE)} | {
+        "tasks": sorted(args.tasks) if args.together else None, "together": args.together}
 
 
 def take_lock(out, seconds=5):
@@ -173,13 +171,11 @@ def main(argv=None):
         signal.signal(stop, signal.default_int_handler)
     try:
         args, extra = split_command(argv)
-        if not args.out:
-            raise ValueError(f"name a folder with --out, or an experiment: {', '.join(EXPERIMENTS)}")
         path = args.out / "sweep.json"
+        if args.report and not path.exists():
+            raise ValueError(f"{args.out}: no sweep here")
         old = json.loads(path.read_text()) if path.exists() else {}
         if args.report:
-            if not old:
-                raise ValueError(f"{args.out}: no sweep here")
             report(args.out, old)
             return 0
         settings = settings_of(args, extra)
@@ -194,8 +190,7 @@ def main(argv=None):
         sweep = {"settings": settings, "failed": old.get("failed", {}), "runs": old.get("runs", [])}
         for name in ("tasks", "presets", "seeds"):  # what was asked for before stays in the report
             sweep[name] = list(dict.fromkeys(old.get(name, []) + getattr(args, name)))
-        now = surroundings(argv)
-        sweep["runs"] += [now] if now not in sweep["runs"] else []
+        sweep["runs"] += [run for run in [surroundings(argv)] if run not in sweep["runs"]]
 
         def save():
             path.with_suffix(".tmp").write_text(json.dumps(sweep, indent=1))

@@ -214,9 +214,10 @@ def log_evaluation(policy, simulators, pool, iteration, s, run_dir, bar):
     """Evaluate tip-free and add a line to evals.jsonl: five figures per task, their means over tasks, seconds it took,
     and the episodes and seconds of training so far. Each evaluation has its own seed, also after a resume."""
     since = time.perf_counter()
+    seed = int(np.random.default_rng([s.seed, iteration, 1]).integers(2 ** 62))
     table, _, dropped = empo2.evaluate(
-        policy, simulators, pool, s.eval_episodes, s.eval_temperature, s, np.random.default_rng([s.seed, iteration, 1]),
-        envs.EnvFault, lambda phase, text: bar.set_description(f"EMPO² evaluation: {text}"))
+        policy, simulators, pool, s.eval_episodes, s.eval_temperature, s, seed, envs.EnvFault,
+        lambda phase, text: bar.set_description(f"EMPO² evaluation: {text}"))
     past = [json.loads(line) for line in open(run_dir / "metrics.jsonl")] if iteration else []
     result = {
         "iteration": iteration, "score": float(np.mean([row["mean"] for row in table.values()])),

@@ -296,7 +296,6 @@ def test_settings_refuse_nonsense():
 
 
 def test_the_examples_in_the_docstrings():
-    import eval as evaluation
-    for module in (empo2, memory, evaluation):
+    for module in (empo2, memory):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed

@@ -2,10 +2,10 @@
 
     pytest tests/test_learning.py
 """
+import dataclasses
 import json
 import random
 
-import numpy as np
 import pytest
 import torch
 from conftest import write_checkpoint
@@ -78,9 +78,9 @@ def random_player(tmp_path_factory):
 def success(run_dir, player, adapter=None):
     """Tip-free success on unseen variations, at temperature 1."""
     s = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
-    simulators, pool = train.make_envs(s, "test")
-    table, _, _ = empo2.evaluate(Policy.load(player, adapter=adapter), simulators, pool, 16, 1.0, s,
-                                 np.random.default_rng(0), envs.EnvFault)
+    simulators, pool = train.make_envs(dataclasses.replace(s, variations=4, group_size=16), "test")
+    table, _, _ = empo2.evaluate(Policy.load(player, adapter=adapter), simulators, pool, 16, 1.0, s, s.seed,
+                                 envs.EnvFault)
     return table["radio"]["share_100"]
 
 

@@ -17,9 +17,9 @@ import empo2
 import report
 import sweep
 
-SMALL = ["--env", "house", "--env-options", "rooms=1", "step_limit=2", "--group-size", "2", "--tasks-per-iteration", "1",
-         "--action-tokens", "3", "--tip-tokens", "4", "--variations", "1", "--lora-r", "2", "--eval-every", "2",
-         "--eval-variations", "1", "--eval-episodes", "2"]
+SMALL = ["--env", "house", "--env-options", "rooms=1", "step_limit=2", "--group-size", "2",
+         "--tasks-per-iteration", "1", "--action-tokens", "3", "--tip-tokens", "4", "--variations", "1",
+         "--lora-r", "2", "--eval-every", "2", "--eval-variations", "1", "--eval-episodes", "2"]
 
 
 def arguments(out, checkpoint, *own, iterations=4):
@@ -55,7 +55,8 @@ def gone(folder, seconds=5):
 def swept(checkpoint, tmp_path_factory):
     """Two presets x two seeds, killed with -9 when a cell was finished, then continued: (folder, what was there)."""
     out = tmp_path_factory.mktemp("sweeps") / "one"
-    command = arguments(out, checkpoint, "--tasks", "radio", "--presets", "grpo", "empo2", "--seeds", "0", "1", "--jobs", "2")
+    command = arguments(out, checkpoint, "--tasks", "radio", "--presets", "grpo", "empo2", "--seeds", "0", "1",
+                        "--jobs", "2")
     process = subprocess.Popen([sys.executable, str(ROOT / "sweep.py"), *command], stderr=subprocess.DEVNULL)
 
     def finished():
@@ -118,21 +119,23 @@ def test_a_missing_cell_is_shown_as_missing(swept, tmp_path):
     shutil.copytree(swept[0], tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "radio" / "grpo" / "1")
     assert sweep.main(["--out", str(tmp_path / "copy"), "--report"]) == 0
-    row = next(line for line in (tmp_path / "copy" / "summary.md").read_text().splitlines() if line.startswith("| grpo"))
-    assert row.split("|")[3].strip() == "missing" and row.count("missing") == 1
+    summary = (tmp_path / "copy" / "summary.md").read_text()
+    row = next(line for line in summary.splitlines() if line.startswith("| grpo"))
+    assert row.split("|")[3].strip() == "missing" and row.count("missing") == 1 and "(1 of 2 seeds)" in row
 
 
 def test_a_failing_cell_is_reported_and_the_rest_goes_on(checkpoint, tmp_path):
     out = tmp_path / "out"
-    command = arguments(out, checkpoint, "--tasks", "radios", "radio", "--presets", "reflexion", "--seeds", "0", iterations=1)
+    command = arguments(out, checkpoint, "--tasks", "radios", "radio", "--presets", "reflexion", "--seeds", "0",
+                        "--jobs", "2", iterations=1)
     assert sweep.main(command) == 1
     summary = (out / "summary.md").read_text()
-    assert "- radios/reflexion/0 failed with exit code 2: train.py: unknown task 'radios'; did you mean radio?" in summary
+    assert "- radios/reflexion/0 failed with exit code 2: train.py: unknown task 'radios'; did you mean" in summary
     assert report.progress_of(out / "radio" / "reflexion" / "0")[2] and "## mean of 2 tasks" in summary
 
 
 def test_ctrl_c_lets_the_runs_save(checkpoint, tmp_path):
-    """All tasks in one run; then the same command, with an end in sight, is refused as other settings."""
+    """All tasks in one run, stopped long before its end."""
     out = tmp_path / "out"
     command = arguments(out, checkpoint, "--tasks", "radio", "fan", "--together", "--presets", "empo2", "--seeds", "0",
                         iterations=10000) + ["--save-every", "1000"]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -243,7 +242,7 @@ def test_the_policy_is_left_as_it_was(checkpoint):
     simulators, pool = train.make_envs(s, "test")
     heard, sample = [], policy.sample
     policy.sample = lambda *args, **kwargs: heard.append(policy.temperature) or sample(*args, **kwargs)
-    draws = [empo2.evaluate(policy, simulators, pool, 2, 0.4, s, np.random.default_rng(3), train.envs.EnvFault)[1]
+    draws = [empo2.evaluate(policy, simulators, pool, 2, 0.4, s, 3, train.envs.EnvFault)[1]
              for _ in range(2)]
     assert set(heard) == {0.4} and policy.temperature == 1.0 and not policy.cache.layers
     assert [[t.action for t in e.turns] for e in draws[0]] == [[t.action for t in e.turns] for e in draws[1]]
