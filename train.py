@@ -126,7 +126,8 @@ def hardware_defaults(s):
 
 
 def load_policy(s, adapter=None):
-    policy = Policy.load(str(STANDIN) if s.model == "standin" else s.model, adapter=adapter, load_in_4bit=s.load_in_4bit, lora_r=s.lora_r,
+    standin = STANDIN / "house" if s.env == "house" else STANDIN
+    policy = Policy.load(str(standin) if s.model == "standin" else s.model, adapter=adapter, load_in_4bit=s.load_in_4bit, lora_r=s.lora_r,
                          lora_alpha=s.lora_alpha, temperature=s.temperature, seed=s.seed)
     longest = s.context + 2 * s.tip_tokens + 256  # a tip is written after the whole dialogue
     if longest > policy.max_positions:

@@ -167,7 +167,7 @@ def test_evaluation_of_a_run_and_of_a_base_model(finished, checkpoint, tmp_path,
     assert evaluation.main([str(finished), "--variations", "2", "--episodes", "2", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert set(result["tasks"]) == {"radio", "fan"} and result["tasks"]["fan"]["episodes"] == 4
-    assert result["protocol"]["adapter"].endswith("checkpoint-4") and result["protocol"]["environment"] == "house 1"
+    assert result["protocol"]["adapter"].endswith("checkpoint-4") and result["protocol"]["environment"] == "house 2"
     printed = capsys.readouterr().out
     assert all(name in printed for name in evaluation.FIGURES)
     base = tmp_path / "base.json"
