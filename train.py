@@ -85,7 +85,7 @@ def train(s, run_dir, start=None):
             metrics = {"iteration": iteration, **rollout_metrics(episodes, attempts * len(jobs), tips, novelty), **learnt,
                        **clock.split()}
             append(run_dir / "metrics.jsonl", [metrics])
-            append(run_dir / "episodes.jsonl", [transcript(iteration, e) for e in episodes])
+            append(run_dir / "episodes.jsonl", [transcript(iteration, e, s.intrinsic_coef) for e in episodes])
             bar.update()
             bar.set_postfix(score=f"{metrics['score']:.1f}", best=f"{metrics['score_best']:.0f}",
                             tips=len(tips), kl=f"{metrics.get('approx_kl', 0):.4f}")
@@ -190,8 +190,9 @@ def mean_or_none(values):
     return float(np.mean(values)) if values else None
 
 
-def transcript(iteration, e):
+def transcript(iteration, e, intrinsic_coef):
     return {"iteration": iteration, "task": e.task, "variation": e.variation, "group": e.group, "score": e.score,
+            "advantage": round(e.advantage, 4), "return": round(empo2.intrinsic_return(e, intrinsic_coef), 4),
             "ended": e.ended, "tip": e.tip, "task_text": e.task_text, "turns": [
                 {**turn.texts, "reward": turn.reward, "intrinsic": round(turn.novelty, 4), "tokens": len(turn.action),
                  "mode": "memory" if turn.tips else "plain",

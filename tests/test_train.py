@@ -52,6 +52,9 @@ def test_a_run_leaves_what_the_readme_says(finished, checkpoint):
     assert metrics[-1]["memory_turns"] > 0 and metrics[-1]["sampler_gap"] < 1e-4
     turn = episodes[-1]["turns"][0]
     assert set(turn) == {"observation", "tips", "action", "next", "reward", "intrinsic", "tokens", "mode", "update"}
+    last = [e for e in episodes if e["iteration"] == 3]
+    assert sum(e["return"] for e in last) / 6 == pytest.approx(metrics[-1]["return"], abs=1e-3)
+    assert sum(e["advantage"] for e in last) == pytest.approx(0, abs=1e-3) and any(e["advantage"] for e in last)
     assert {"checkpoint-3", "checkpoint-4", "settings.json"} <= {p.name for p in finished.iterdir()}
     assert not (finished / "checkpoint-2").exists(), "only the newest checkpoints are kept"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), finished / "checkpoint-4")
