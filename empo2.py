@@ -177,6 +177,7 @@ class Episode:
     score: float = 0.0  # final score, -100...100
     ended: str = ""  # "completed", "step limit" or "context full"
     tip: str = ""  # the policy's own summary of the episode
+    advantage: float = 0.0  # as it was learnt from; set by `update`
     row: int = 0  # number of its dialogue in the policy's key-value cache
 
     def dialogue(self, t, tips=False):
@@ -508,6 +509,8 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: Non
     draw_update_modes(episodes, s, rng)
     returns = [intrinsic_return(e, s.intrinsic_coef) for e in episodes]
     advantages = group_advantages(returns, [e.group for e in episodes], s.advantage_eps).tolist()
+    for episode, advantage in zip(episodes, advantages):
+        episode.advantage = advantage
     rows = [training_row(e, a, s) for e, a in zip(episodes, advantages)]
     order = rng.permutation(len(rows))
     steps = [[rows[i] for i in order[first:first + s.minibatch_episodes]]

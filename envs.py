@@ -375,30 +375,40 @@ def closest_action(text: str, actions: list[str]) -> str | None:
 # ---------------------------------------------------------------------------------------------------
 
 class House(Env):
-    """Find a hidden thing and turn it on. A step takes microseconds; scores 0...100.
+    """The paper's Figure 3 as a family: turn a thing on whose parts are out of sight. A step takes microseconds.
 
-    The task decides where the thing is hidden, so what was learnt in one episode helps in the next.
-    The variation decides the start room and what lies in the other containers.
+    The thing and the parts it needs lie in closed containers of different rooms; all must be taken before it can be
+    turned on. The task decides where they are, so what was learnt in one episode helps in the next; the variation
+    decides the start room, which holds none of them if the house is large enough, and what lies in other containers.
+    What stands before a colon is a thought: only what follows is done.
 
-    rooms           1 to 8
-    containers      per room, 1 to 6, all closed at first
-    step_limit      actions per episode; the shortest solution takes 3 or 4
-    partial_credit  25 for opening the right container, 25 for taking the thing; else only the 100
+    rooms           1 to 12
+    containers      in every room, 1 to 6, all closed at first
+    parts           that the thing needs beside itself, 0 to 2; the shortest solution has 4, 7 or 10 actions
+    step_limit      actions per episode
+    partial_credit  for opening the right containers and for taking what was in them, 50 in all; else only the 100
     """
-    VERSION = "house 1"
-    VARIATIONS = 16
-    THINGS = ("red light bulb", "fan", "radio", "heater", "clock", "printer")
+    VERSION = "house 2"
+    VARIATIONS = 64
+    THINGS = {"red light bulb": ("battery", "wire"), "fan": ("plug", "blade"), "radio": ("antenna", "speaker"),
+              "heater": ("hose", "valve"), "clock": ("spring", "dial"), "printer": ("paper", "ink")}
     JUNK = ("spoon", "book", "sock", "rope", "coin")
-    ROOMS = ("kitchen", "bedroom", "workshop", "cellar", "garage", "attic", "bathroom", "office")
+    ROOMS = ("kitchen", "bedroom", "workshop", "cellar", "garage", "attic", "bathroom", "office", "hall", "garden",
+             "pantry", "studio")
     CONTAINERS = ("box", "drawer", "cupboard", "chest", "basket", "suitcase")
 
-    def __init__(self, rooms: int = 4, containers: int = 2, step_limit: int = 12, partial_credit: bool = True):
+    def __init__(self, rooms: int = 4, containers: int = 2, parts: int = 0, step_limit: int = 12,
+                 partial_credit: bool = True):
         super().__init__(step_limit)
-        if not 1 <= rooms <= len(self.ROOMS) or not 1 <= containers <= len(self.CONTAINERS):
-            raise ValueError(f"rooms must be 1 to {len(self.ROOMS)}, containers 1 to {len(self.CONTAINERS)}")
-        self.rooms, self.partial_credit = self.ROOMS[:rooms], partial_credit
-        self.places = [(room, self.CONTAINERS[(2 * i + k) % len(self.CONTAINERS)])
-                       for i, room in enumerate(self.rooms) for k in range(containers)]
+        for name, value, least, most in (("rooms", rooms, 1, len(self.ROOMS)), ("parts", parts, 0, 2),
+                                         ("containers", containers, 1, len(self.CONTAINERS))):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be {least} to {most}, not {value}")
+        self.rooms, self.containers = self.ROOMS[:rooms], self.CONTAINERS[:containers]
+        self.parts, self.partial_credit = parts, partial_credit
+        self.places = [(room, box) for room in self.rooms for box in self.containers]
+        if parts >= len(self.places):
+            raise ValueError(f"{parts + 1} things need {parts + 1} containers; raise rooms or containers")
 
     def tasks(self):
         return list(self.THINGS)
@@ -406,33 +416,43 @@ class House(Env):
     def _count(self, task):
         return self.VARIATIONS
 
+    def _hide(self, task, variation):
+        """-> the things that are needed, as they are named in the task, each with its (room, container)"""
+        needed = [*self.THINGS[task][:self.parts], task]
+        draw = random.Random(f"hide the {task}")  # text seeds give the same draws in every process
+        places = draw.sample(self.places, len(needed))
+        while len(self.rooms) > len(needed) > len({room for room, _ in places}):  # a room for each, if there are enough
+            places = draw.sample(self.places, len(needed))
+        return dict(zip(needed, places))
+
     def _start(self, task, variation):
-        # Text seeds give the same draws in every process.
-        self.hiding = random.Random(f"hide the {task}").choice(self.places)
+        self.hiding = self._hide(task, variation)
         draw = random.Random(f"{task} {variation}")
-        self.start = self.room = draw.choice(self.rooms)
-        others = [thing for thing in self.THINGS + self.JUNK if thing != task]
-        self.inside = dict(zip(self.places, draw.sample(others + [None] * len(self.places), len(self.places))))
-        self.inside[self.hiding] = task
+        taken = [room for room, _ in self.hiding.values()]
+        self.start = self.room = draw.choice([room for room in self.rooms if room not in taken] or self.rooms)
+        others = [thing for thing in [*self.THINGS, *self.JUNK] if thing not in self.hiding]
+        self.inside = dict(zip(self.places, draw.sample(others + [None] * 3 * len(self.places), len(self.places))))
+        self.inside |= {place: thing for thing, place in self.hiding.items()}
         self.opened, self.carried, self.total = set(), [], 0
         # Points by event: a longer quest is a longer dictionary.
-        self.points = ({("open", self.hiding): 25, ("take", task): 25, ("turn on", task): 50}
-                       if self.partial_credit else {("turn on", task): 100})
-        text = f"Your task is to turn on the {task}. It is hidden in a closed container."
-        prompt = (f"You are in a house. {text} Take it before you turn it on. Answer with one action only, "
-                  "on one line. The actions are: go to ROOM, open CONTAINER, take THING, turn on THING, "
-                  "look around, inventory.")
-        return self._look(), text, prompt
+        share = 25 // len(self.hiding) if self.partial_credit else 0
+        self.points = {("turn on", task): 100 - 2 * share * len(self.hiding)}
+        for thing, place in self.hiding.items():
+            self.points |= {("open", place): share, ("take", thing): share}
+        *parts, thing = self.hiding
+        text = f"Your task is to turn on the {thing}." + (f" It needs {' and '.join(parts)}." if parts else "")
+        prompt = (f"You are in a house. {text} All is hidden in closed containers: take it before you turn it on. "
+                  f"Rooms: {', '.join(self.rooms)}. In each: {', '.join(self.containers)}. Answer THOUGHT: ACTION. "
+                  "Actions: go to ROOM, open CONTAINER, take THING, turn on THING, look around, inventory.")
+        return f"You are in the {self.room}. {self._need()}", text, prompt
 
-    def _look(self):
-        boxes = [f"{box} ({self._content((room, box)) if (room, box) in self.opened else 'closed'})"
-                 for room, box in self.places if room == self.room]
-        doors = [room for room in self.rooms if room != self.room]
-        return (f"You are in the {self.room}. You see: {', '.join(boxes)}."
-                + (f" You can go to: {', '.join(doors)}." if doors else ""))
+    def _need(self):
+        return f"You need: {', '.join(thing for thing in self.hiding if thing not in self.carried) or 'nothing more'}."
 
-    def _content(self, place):
-        return self.inside[place] or "empty"
+    def _content(self, box):
+        """A fact in the one form that facts have here: THING in ROOM CONTAINER."""
+        thing = self.inside[self.room, box]
+        return f"found {thing} in {self.room} {box}" if thing else "empty"
 
     def _options(self) -> dict[str, tuple[str, str]]:
         """Every action that the house understands now, as verb and what it is done to."""
@@ -445,34 +465,40 @@ class House(Env):
         return {f"{verb} {name}".strip(): (verb, name) for verb, name in pairs}
 
     def _act(self, action):
-        verb, name = event = self._options().get(action, ("", ""))
+        verb, name = event = self._options().get(action.rpartition(":")[2].strip(), ("", ""))
         observation = UNKNOWN
         if verb == "go to":
-            self.room = name
-        if verb in ("go to", "look around"):
-            observation = self._look()
+            self.room, observation = name, f"You are in the {name}."
+        elif verb == "look around":
+            states = (self._content(box) if (self.room, box) in self.opened else "closed" for box in self.containers)
+            observation = f"You are in the {self.room}. " + " ".join(
+                f"The {box}: {state}." for box, state in zip(self.containers, states))
         elif verb == "inventory":
             observation = f"You carry: {', '.join(self.carried) or 'nothing'}."
         elif verb == "open":
             event = ("open", (self.room, name))  # other rooms have such a container, too
             self.opened.add((self.room, name))
-            observation = f"You open the {name}. Inside: {self._content((self.room, name))}."
+            observation = f"You open the {name}: {self._content(name)}."
         elif verb == "take":
             self.inside = {place: None if thing == name else thing for place, thing in self.inside.items()}
             self.carried.append(name)
-            observation = f"You take the {name}."
+            observation = f"You take the {name}. {self._need()}"
         elif verb == "turn on":
-            observation = f"The {name} is on." if event in self.points else "Nothing happens."
+            works = name == self.task and set(self.hiding) <= set(self.carried)
+            event = event if works else ""
+            observation = f"The {name} is on." if works else f"Nothing happens. {self._need()}"
         self.total += self.points.pop(event, 0)
-        return observation, self.total, self.total == 100, action
+        return observation, self.total, event == ("turn on", self.task), action
 
     def valid_actions(self):
         return sorted(self._options())
 
     def gold_path(self):
-        room, box = self.hiding
-        walk = [] if room == self.start else [f"go to {room}"]
-        return walk + [f"open {box}", f"take {self.task}", f"turn on {self.task}"]
+        room, path = self.start, []
+        for thing, (where, box) in self.hiding.items():
+            path += [f"go to {where}"] * (where != room) + [f"open {box}", f"take {thing}"]
+            room = where
+        return path + [f"turn on {self.task}"]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def train(s, run_dir, start=None):
             metrics = {"iteration": iteration, **rollout_metrics(episodes, attempts * len(jobs), tips, novelty), **learnt,
                        **clock.split()}
             append(run_dir / "metrics.jsonl", [metrics])
-            append(run_dir / "episodes.jsonl", [transcript(iteration, e) for e in episodes])
+            append(run_dir / "episodes.jsonl", [transcript(iteration, e, s.intrinsic_coef) for e in episodes])
             bar.update()
             shown |= {"score": f"{metrics['score']:.1f}", "best": f"{metrics['score_best']:.0f}", "tips": len(tips),
                       "kl": f"{metrics.get('approx_kl', 0):.4f}"}
@@ -135,7 +135,8 @@ def hardware_defaults(s):
 
 
 def load_policy(s, adapter=None):
-    policy = Policy.load(str(STANDIN) if s.model == "standin" else s.model, adapter=adapter, load_in_4bit=s.load_in_4bit, lora_r=s.lora_r,
+    standin = STANDIN / "house" if s.env == "house" else STANDIN
+    policy = Policy.load(str(standin) if s.model == "standin" else s.model, adapter=adapter, load_in_4bit=s.load_in_4bit, lora_r=s.lora_r,
                          lora_alpha=s.lora_alpha, temperature=s.temperature, seed=s.seed)
     longest = s.context + 2 * s.tip_tokens + 256  # a tip is written after the whole dialogue
     if longest > policy.max_positions:
@@ -202,8 +203,9 @@ def mean_or_none(values):
     return float(np.mean(values)) if values else None
 
 
-def transcript(iteration, e):
+def transcript(iteration, e, intrinsic_coef):
     return {"iteration": iteration, "task": e.task, "variation": e.variation, "group": e.group, "score": e.score,
+            "advantage": round(e.advantage, 4), "return": round(empo2.intrinsic_return(e, intrinsic_coef), 4),
             "ended": e.ended, "tip": e.tip, "task_text": e.task_text, "turns": [
                 {**turn.texts, "reward": turn.reward, "intrinsic": round(turn.novelty, 4), "tokens": len(turn.action),
                  "mode": "memory" if turn.tips else "plain",

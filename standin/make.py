@@ -180,12 +180,12 @@ def texts(e):
     yield from (text for t in e["turns"] for text in (t["observation"], t["action"], *t["tips"]))
 
 
-def make_tokenizer(episodes, size):
+def make_tokenizer(texts, size):
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
     raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator((text for e in episodes for text in texts(e)), trainers.BpeTrainer(
+    raw.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -359,7 +359,7 @@ def main():
         parser.error(f"{args.out} already holds a model; give another --out, or --force to replace it")
     torch.manual_seed(args.seed)
     episodes = play_all(args.seed)
-    tokenizer = make_tokenizer(episodes, 3072)
+    tokenizer = make_tokenizer((text for e in episodes for text in texts(e)), 3072)
     model = make_model(len(tokenizer))
     tokenizer.save_pretrained(args.out)
     model.save_pretrained(args.out)

@@ -54,6 +54,9 @@ def test_a_run_leaves_what_the_readme_says(finished, checkpoint):
     assert metrics[-1]["memory_turns"] > 0 and metrics[-1]["sampler_gap"] < 1e-4
     turn = episodes[-1]["turns"][0]
     assert set(turn) == {"observation", "tips", "action", "next", "reward", "intrinsic", "tokens", "mode", "update"}
+    last = [e for e in episodes if e["iteration"] == 3]
+    assert sum(e["return"] for e in last) / 6 == pytest.approx(metrics[-1]["return"], abs=1e-3)
+    assert sum(e["advantage"] for e in last) == pytest.approx(0, abs=1e-3) and any(e["advantage"] for e in last)
     assert {"checkpoint-3", "checkpoint-4", "settings.json"} <= {p.name for p in finished.iterdir()}
     assert not (finished / "checkpoint-2").exists(), "only the newest checkpoints are kept"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), finished / "checkpoint-4")
@@ -170,7 +173,7 @@ def test_evaluation_of_a_run_and_of_a_base_model(finished, checkpoint, tmp_path,
     assert evaluation.main([str(finished), "--variations", "2", "--episodes", "2", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert set(result["tasks"]) == {"radio", "fan"} and result["tasks"]["fan"]["episodes"] == 4
-    assert result["protocol"]["adapter"].endswith("checkpoint-4") and result["protocol"]["environment"] == "house 1"
+    assert result["protocol"]["adapter"].endswith("checkpoint-4") and result["protocol"]["environment"] == "house 2"
     printed = capsys.readouterr().out
     assert all(name in printed for name in empo2.FIGURES)
     base = tmp_path / "base.json"
