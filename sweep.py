@@ -61,7 +61,8 @@ def start_cell(run_dir, tasks, preset, seed, extra, env, lock):
 def run_cells(cells, extra, jobs, lock, failed, save):
     """Run what is not finished of the cells {name: (run_dir, tasks, preset, seed)}; `failed` gets {name: why}."""
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
-    env = (threads if jobs > 1 and not torch.cuda.is_available() else {}) | os.environ | {"PYTHONUNBUFFERED": "1"}  # unbuffered: the log ends with what was said last
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}  # the log shall end with what was said last
+    env = threads | env if jobs > 1 and not torch.cuda.is_available() else env
     waiting = [name for name, (run_dir, *_) in cells.items() if not progress_of(run_dir)[2]]
     running = {}
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="cells", dynamic_ncols=True) as bar:
@@ -144,8 +145,7 @@ def settings_of(args, extra):
     own = train.names(extra) & {"tasks", "preset", "seed", "run_dir", "resume"}
     if own:
         raise ValueError(f"--{min(own)} stands after --, but is the sweep's own; see --help")
-    nowhere = str(args.out / "no run")  # parse refuses a directory that exists
-    s = dataclasses.asdict(train.parse([*extra, "--tasks", *args.tasks, "--run-dir", nowhere])[0])
+    s = dataclasses.asdict(train.parse([*extra, "--tasks", *args.tasks, "--run-dir", str(args.out / "no such run")])[0])
     if not s["eval_every"]:
         raise ValueError("a sweep compares tip-free evaluations; add -- --eval-every 5")
     return {k: v for k, v in s.items() if k not in ("preset", "seed", "run_dir", "resume", *train.RESUMABLE)} | {
