@@ -392,7 +392,7 @@ class House(Env):
     VARIATIONS = 64
     THINGS = {"red light bulb": ("battery", "wire"), "fan": ("plug", "blade"), "radio": ("antenna", "speaker"),
               "heater": ("hose", "valve"), "clock": ("spring", "dial"), "printer": ("paper", "ink")}
-    JUNK = ("spoon", "book", "sock", "rope", "coin")
+    JUNK = ("spoon", "book", "sock", "rope", "coin", "pen", "cup", "hat")
     ROOMS = ("kitchen", "bedroom", "workshop", "cellar", "garage", "attic", "bathroom", "office", "hall", "garden",
              "pantry", "studio")
     CONTAINERS = ("box", "drawer", "cupboard", "chest", "basket", "suitcase")
@@ -430,8 +430,8 @@ class House(Env):
         draw = random.Random(f"{task} {variation}")
         taken = [room for room, _ in self.hiding.values()]
         self.start = self.room = draw.choice([room for room in self.rooms if room not in taken] or self.rooms)
-        others = [thing for thing in [*self.THINGS, *self.JUNK] if thing not in self.hiding]
-        self.inside = dict(zip(self.places, draw.sample(others + [None] * 3 * len(self.places), len(self.places))))
+        content = [*self.JUNK, *[None] * len(self.places)]
+        self.inside = dict(zip(self.places, draw.sample(content, len(self.places))))
         self.inside |= {place: thing for thing, place in self.hiding.items()}
         self.opened, self.carried, self.total = set(), [], 0
         # Points by event: a longer quest is a longer dictionary.

@@ -58,8 +58,9 @@ def think(env, known, plan, rng):
         place = known[item]
     elif plan and plan[0] == item and plan[1] not in env.opened:
         place = plan[1]
-    else:
-        place = rng.choice([p for p in env.places if p not in env.opened])
+    else:  # luck cannot be foreseen, so what is learnt is to guess; but it makes episodes from which more is learnt
+        lucky = [place for place in env.hiding.values() if place not in env.opened] if rng.random() < 0.4 else []
+        place = rng.choice(lucky or [place for place in env.places if place not in env.opened])
     room, box = place
     action = f"go to {room}" if room != env.room else f"open {box}" if place not in env.opened else f"take {item}"
     return f"seek {item} in {room} {box}: {action}", (item, place)
@@ -80,7 +81,8 @@ def random_tips(env, rng):
 
 
 def play(policy, env, rng):
-    """One episode by the scripted player, tips included, laid out as a rollout lays it out -> Episode."""
+    """One episode by the scripted player, tip included, laid out as a rollout lays it out -> Row. Where training has
+    behaviour log-probs, it holds the weight of each token in the loss."""
     p = empo2.begin(policy, env, (rng.choice(env.tasks()), 0, 0), 0, envs.EnvFault)
     env._limit = rng.randint(3, 11)
     e, plan, often = p.episode, None, rng.choice((0, 0, 0.3, 0.6))
@@ -91,17 +93,17 @@ def play(policy, env, rng):
         empo2.open_turn(policy, p, shown, SETTINGS)
         known = {item: (room, box) for item, room, box in FACT.findall(" ".join(shown))} | seen
         line, plan = think(env, known, plan, rng)
-        if rng.random() < 0.03:
-            line, e.turns[-1].offpolicy = rng.choice(["look", "open", "go to", "take it"]), None  # not to be learnt
-        e.turns[-1].action = policy.encode(line) + [policy.end_id]
-        e.turns[-1].logps = [0.0] * len(e.turns[-1].action)
+        blunder = rng.random() < 0.03
+        e.turns[-1].action = policy.encode("open it" if blunder else line) + [policy.end_id]
+        e.turns[-1].logps = [float(not blunder)] * len(e.turns[-1].action)
         empo2.act(policy, p, envs.EnvFault)
         seen |= {item: (room, box) for item, room, box in FACT.findall(p.observation) if item in env.hiding}
     request = f"{p.observation}\n\n{empo2.TIP_REQUEST.format(score=e.score)}"
     e.tip = tip_of(e.score, seen)
-    e.turns.append(empo2.Turn(policy.closing(e.turns[-1].action) + policy.message("user", request), [],
-                              policy.encode(e.tip) + [policy.end_id], [0.0] * 99, {"observation": request}))
-    return e
+    action = policy.encode(e.tip) + [policy.end_id]
+    e.turns.append(empo2.Turn(policy.closing(e.turns[-1].action) + policy.message("user", request), [], action,
+                              [3.0] * len(action), {"observation": request}))
+    return empo2.training_row(e, 1.0, SETTINGS)
 
 
 def corpus(env):
@@ -172,12 +174,12 @@ def learn(policy, env, minutes, rng, episodes=8, lr=0.02):
     while (passed := (time.time() - start) / (60 * minutes)) < 1:
         for optimizer, rate in zip(optimizers, peak):
             optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 30, (1 - passed) / 0.6 + 0.01)
-        rows = [row_of(policy, env, rng) for _ in range(episodes)]
-        total, shown = sum(sum(r.mask) for r in rows), 0.0
+        rows = [play(policy, env, rng) for _ in range(episodes)]
+        total, shown = sum(sum(r.old_logp) for r in rows), 0.0
         for batch in empo2.micro_batches(rows, 2048):
             with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-                logp, _, mask = empo2.score(policy, batch, reference=True)  # without the adapter
-            loss = -logp[mask].sum() / total
+                logp = empo2.score(policy, batch, reference=True)[0]  # without the adapter
+            loss = -(logp * empo2.stack(batch, "old_logp")).sum() / total
             loss.backward()
             shown += loss.item()
         torch.nn.utils.clip_grad_norm_(own, 1.0)
@@ -189,15 +191,6 @@ def learn(policy, env, minutes, rng, episodes=8, lr=0.02):
         bar.n = min(bar.total, round(time.time() - start))
         bar.set_postfix_str(f"step {step}, loss {average:.3f}")
     bar.close()
-
-
-def row_of(policy, env, rng):
-    e = play(policy, env, rng)
-    for turn in e.turns:
-        if turn.offpolicy is None:
-            turn.tips, turn.offpolicy = [], False
-    row = empo2.training_row(e, 1.0, SETTINGS)
-    return row
 
 
 def check(folder, variations=16, seed=0):
