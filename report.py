@@ -25,7 +25,8 @@ def progress_of(run_dir):
 
 
 def measure(run_dir, task):
-    """Numbers of a run for one of its tasks: success in 0...1, score in -100...100, minutes, training episodes."""
+    """Numbers of a run for one of its tasks: success in 0...1, score in -100...100; minutes, training episodes and how
+    many of them were solved are of the whole run."""
     s, evals, finished = progress_of(run_dir)
     metrics = records(run_dir / "metrics.jsonl")
     curve = [{"iteration": e["iteration"], "episodes": e["training_episodes"], "success": e["tasks"][task]["share_100"],
@@ -34,7 +35,8 @@ def measure(run_dir, task):
     seconds += sum(e["seconds"] for e in evals)
     return {"state": "missing" if s is None else "finished" if finished else f"{len(metrics)} of {s['iterations']}",
             **{name: float(np.mean([p[name] for p in curve[-3:]])) if curve else None for name in ("success", "score")},
-            "minutes": round(seconds / 60, 2), "episodes": sum(m["episodes"] for m in metrics), "curve": curve}
+            "minutes": round(seconds / 60, 2), "episodes": sum(m["episodes"] for m in metrics),
+            "solved": round(sum(m["success"] * m["episodes"] for m in metrics)), "curve": curve}
 
 
 def mean_of_tasks(cells):
@@ -45,7 +47,7 @@ def mean_of_tasks(cells):
     states = {cell["state"] for cell in cells}
     return {"state": states.pop() if len(states) == 1 else "missing" if "missing" in states else "unfinished",
             **{name: float(np.mean([cell[name] for cell in cells])) if curve else None
-               for name in ("success", "score", "minutes", "episodes")}, "curve": curve}
+               for name in ("success", "score", "minutes", "episodes", "solved")}, "curve": curve}
 
 
 def report(out, sweep):
@@ -63,16 +65,17 @@ def report(out, sweep):
     lines = ["# Tip-free success (mean of the last three evaluations)", ""]
     for task, rows in results.items():
         columns = ["preset", *(f"seed {s}" for s in seeds), "mean", "max - min", "mean score", "minutes per run",
-                   "episodes per run"]
+                   "episodes per run", "of them solved"]
         lines += [f"## {task}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for preset, row in rows.items():
             shown = ["missing" if c["success"] is None else f"{c['success']:.3f}" if c["state"] == "finished" else
                      f"{c['success']:.3f} ({c['state']})" for c in row.values()]
             there = [c for c in row.values() if c["state"] == "finished"]
-            success, score, minutes, episodes = ([c[name] for c in there] for name in
-                                                 ("success", "score", "minutes", "episodes"))
+            success, score, minutes, episodes, solved = (
+                [c[name] for c in there] for name in ("success", "score", "minutes", "episodes", "solved"))
             shown += [f"{np.mean(success):.3f}", f"{max(success) - min(success):.3f}", f"{np.mean(score):.1f}",
-                      f"{np.mean(minutes):.1f}", f"{np.mean(episodes):.0f}"] if there else ["missing"] * 5
+                      f"{np.mean(minutes):.1f}", f"{np.mean(episodes):.0f}", f"{np.mean(solved):.0f}"] if there else [
+                      "missing"] * 6
             if len(there) < len(row):
                 shown[len(row)] += f" ({len(there)} of {len(row)} seeds)"
             lines.append(f"| {preset} | {' | '.join(shown)} |")

@@ -73,7 +73,7 @@ def tip_of(score, facts):
 
 def random_tips(env, rng):
     """What earlier episodes of the same task may have left in the memory: lines of true facts."""
-    share, lines = rng.choice((0.2, 0.5, 0.8, 1)), []
+    share, lines = rng.choice((0.3, 0.6, 0.9, 1)), []
     for _ in range(rng.randint(1, 4)):
         facts = {item: place for item, place in env.hiding.items() if rng.random() < share}
         lines.append(tip_of(100 if len(facts) == len(env.hiding) and rng.random() < 0.5 else 0, facts))
@@ -85,7 +85,7 @@ def play(policy, env, rng):
     behaviour log-probs, it holds the weight of each token in the loss."""
     p = empo2.begin(policy, env, (rng.choice(env.tasks()), 0, 0), 0, envs.EnvFault)
     env._limit = rng.randint(3, 11)
-    e, plan, often = p.episode, None, rng.choice((0, 0, 0.3, 0.6))
+    e, plan, often = p.episode, None, rng.choice((0, 0.3, 0.6, 0.9))
     tips = random_tips(env, rng)
     seen = {}
     while not e.ended:

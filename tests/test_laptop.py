@@ -1,0 +1,32 @@
+"""The laptop experiment on a reduced size: EMPO² finds and keeps what GRPO never finds (two tasks, one hidden part each).
+
+    pytest tests/test_laptop.py          (two to three minutes)
+"""
+import json
+
+import numpy as np
+
+import train
+from standin import house
+
+REDUCED = [*house.TRAINING, "--tasks", "fan", "radio", "--env-options", "rooms=12", "containers=6", "parts=1",
+           "partial_credit=false", "--step-limit", "7", "--tasks-per-iteration", "2", "--iterations", "24",
+           "--eval-every", "4", "--seed", "0"]
+
+
+def test_the_player_knows_how_to_play_and_no_task():
+    """What is required of it before anything is learnt: it follows tips, tells the truth, and solves nothing."""
+    shares = house.check(house.FOLDER, variations=8)
+    assert shares["success without tips"] < 0.05 and shares["success without tips, greedy"] < 0.05
+    assert shares["success with true tips"] > 0.6
+    assert shares["claims in its own tips"] > 50 and shares["of them true"] > 0.9
+
+
+def test_empo2_beats_grpo_and_the_off_policy_update_is_why(tmp_path):
+    success = {}
+    for preset in ("grpo", "no-offpolicy", "empo2"):
+        assert train.main([*REDUCED, "--preset", preset, "--run-dir", str(tmp_path / preset)]) == 0
+        evals = [json.loads(line) for line in open(tmp_path / preset / "evals.jsonl")]
+        success[preset] = np.mean([e["success"] for e in evals[-3:]])
+    assert success["empo2"] >= 0.5 and success["grpo"] <= 0.1
+    assert success["empo2"] - success["no-offpolicy"] >= 0.2
