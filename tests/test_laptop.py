@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 
+import sweep
 import train
 from standin import house
 
-REDUCED = [*house.TRAINING, "--tasks", "fan", "radio", "--env-options", "rooms=12", "containers=6", "parts=1",
+LAPTOP = sweep.EXPERIMENTS["laptop"]
+REDUCED = [*LAPTOP[LAPTOP.index("--") + 1:], "--tasks", "fan", "radio", "--env-options", "rooms=12", "containers=6", "parts=1",
            "partial_credit=false", "--step-limit", "7", "--tasks-per-iteration", "2", "--iterations", "24",
            "--eval-every", "4", "--seed", "0"]
 
