@@ -108,6 +108,7 @@ class Settings:
     resume: bool = setting(False, "continue the run in run_dir from its last checkpoint")
     save_every: int = setting(1, "iterations between checkpoints")
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep")
+    report_to: Optional[str] = setting(None, "tensorboard or wandb (which you install): metrics go there, too")
     seed: int = setting(0, "seed of everything that is drawn")
 
     def __post_init__(self):
@@ -580,8 +581,10 @@ def figures(episodes):
     return {name: round(float(value), 4) for name, value in zip(FIGURES, values)}
 
 
-def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, progress=lambda phase, text: None):
-    """Play `episodes` of each (task, variation) of the pool, without memory and without learning.
+def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, progress=lambda phase, text: None,
+             memory=None, embed=list):
+    """Play `episodes` of each (task, variation) of the pool without learning; with a memory, its tips are shown at
+    every turn, and nothing is added to it.
 
     Returns ({task: figures, episodes, variations}, all episodes, number dropped). Draws from torch's global
     generator, which it seeds; temperature and cache of the policy are put back.
@@ -589,7 +592,7 @@ def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, prog
     jobs = [(task, v, group) for group, (task, v) in enumerate(pool) for _ in range(episodes)]
     torch.manual_seed(seed)
     training_temperature, policy.temperature = policy.temperature, temperature
-    waves = rollout(policy, envs, jobs, None, None, lambda texts: [None] * len(texts), replace(s, memory_prob=0.0),
+    waves = rollout(policy, envs, jobs, memory, None, embed, replace(s, memory_prob=float(memory is not None)),
                     np.random.default_rng(seed), env_fault, progress)
     played = [episode for wave in waves for episode in wave]
     policy.temperature = training_temperature

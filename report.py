@@ -1,6 +1,6 @@
-"""The report of a sweep: summary.md, curves.png and results.json, from what its runs have left so far.
+"""What is shown of results, and the paper's numbers to stand beside them.
 
-Tip-free success and score are those of a run's last three evaluations (--eval-every), on the test variations.
+The report of a sweep is summary.md, curves.png and results.json, from what its runs have left so far. Tip-free success and score are those of a run's last three evaluations (--eval-every), on the test variations.
 `python sweep.py --out OUT --report` writes it at any time.
 """
 import itertools
@@ -8,6 +8,67 @@ import json
 
 import numpy as np
 from matplotlib.figure import Figure
+
+# Table 1 (§5): scores (-100...100), tip-free, in its order.
+PAPER_COLUMNS = ("base", "Reflexion", "Retrospex", "GRPO", "EMPO²")
+PAPER = {
+    "chemistry-mix": (-42.0, 1.2, 20.8, 12.4, 42.7),
+    "chemistry-mix-paint-secondary-color": (-33.0, 0.0, 27.8, 7.1, 33.3),
+    "chemistry-mix-paint-tertiary-color": (-33.9, 36.9, 7.6, 42.6, 39.2),
+    "find-animal": (-58.2, 39.5, 25.9, 72.4, 100.0),
+    "find-living-thing": (-65.1, 36.6, 20.6, 68.7, 100.0),
+    "find-non-living-thing": (-35.9, 4.8, 89.1, 24.7, 100.0),
+    "find-plant": (-47.1, 15.1, 23.0, 46.2, 100.0),
+    "identify-life-stages-1": (-48.9, 9.2, 19.0, 17.9, 36.2),
+    "identify-life-stages-2": (-50.7, 33.8, 11.0, 39.5, 56.3),
+    "lifespan-longest-lived": (-51.8, 44.6, 55.0, 78.2, 100.0),
+    "lifespan-longest-lived-then-shortest-lived": (-56.2, 34.1, 38.0, 62.3, 100.0),
+    "lifespan-shortest-lived": (-56.8, 6.1, 67.0, 20.6, 100.0),
+    "power-component": (-90.0, 6.3, 8.2, 15.1, 94.3),
+    "power-component-renewable-vs-nonrenewable-energy": (-85.0, 11.7, 10.0, 24.6, 92.6),
+    "test-conductivity": (-86.9, 13.2, 60.0, 27.8, 89.5),
+    "test-conductivity-of-unknown-substances": (-81.7, 2.6, 65.5, 9.5, 71.4),
+    "measure-melting-point-known-substance": (-97.5, 11.4, 26.5, 19.8, 27.6),
+    "use-thermometer": (-83.7, 0.9, 32.5, 7.6, 82.7),
+}
+# §6.1: new task: (the task it was trained on, best trial of EMPO², best trial of GRPO)
+PAPER_OOD = {"lifespan-shortest-lived": ("identify-life-stages-2", 32.3, -6.2),
+             "test-conductivity": ("lifespan-longest-lived", 88.1, 22.5),
+             "chemistry-mix-paint-secondary-color": ("power-component", 18.9, -21.4)}
+
+
+def table(columns, rows):
+    """Lines of a Markdown table of {name: numbers}, None = missing.
+
+    If a name is one of the paper's tasks, all of those stand in the order of Table 1 beside its numbers, and the means
+    are over the rows that we have.
+    """
+    beside = not PAPER.keys().isdisjoint(rows)
+    names = [*PAPER, *(name for name in rows if name not in PAPER)] if beside else list(rows)
+    lines = {name: [*rows.get(name, [None] * len(columns)),
+                    *(PAPER.get(name, "-" * len(PAPER_COLUMNS)) if beside else ())] for name in names}
+    have = [lines[name] for name in names if name in PAPER and None not in lines[name]] if beside else []
+    if have:
+        lines[f"mean of {len(have)} rows"] = [
+            float(np.mean(values)) if isinstance(values[0], float) else "" for values in zip(*have)]
+    cells = [["task", *columns, *(f"paper: {name}" for name in PAPER_COLUMNS * beside)]] + [
+        [name, *("missing" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)]
+        for name, values in lines.items()]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
+
+
+def draw_trials(path, parts):
+    """The score of each trial, a line per task."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for task in dict.fromkeys(part["task"] for part in parts):
+        mine = [part for part in parts if part["task"] == task]
+        axes.plot([part["trial"] for part in mine], [part["mean"] for part in mine], marker=".", label=task)
+    axes.set(xlabel="trial (0 = without memory)", ylabel="mean score")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def records(path):
@@ -50,6 +111,12 @@ def mean_of_tasks(cells):
                for name in ("success", "score", "minutes", "episodes", "solved")}, "curve": curve}
 
 
+def last_score(cells):
+    """Mean over the finished ones of a preset's cells {seed: cell}, or None."""
+    scores = [cell["curve"][-1]["score"] for cell in cells.values() if cell["state"] == "finished"]
+    return float(np.mean(scores)) if scores else None
+
+
 def report(out, sweep):
     """Write summary.md, curves.png and results.json from what the cells have left so far."""
     tasks, presets, seeds = sweep["tasks"], sweep["presets"], sweep["seeds"]
@@ -80,6 +147,13 @@ def report(out, sweep):
                 shown[len(row)] += f" ({len(there)} of {len(row)} seeds)"
             lines.append(f"| {preset} | {' | '.join(shown)} |")
         lines.append("")
+    s, scores = sweep["settings"], {task: [last_score(row) for row in results[task].values()] for task in tasks}
+    if not PAPER.keys().isdisjoint(tasks):
+        limits = s["step_limit"] or "the paper's (30; chemistry-mix 60, measure-melting-point-known-substance 100)"
+        lines += ["## Beside the paper's Table 1", "", "Score of the last evaluation of finished runs, tip-free: first "
+                  f"{s['eval_variations']} test variations x {s['eval_episodes']} episodes, temperature "
+                  f"{s['eval_temperature']}, step limits: {limits}, seeds: {', '.join(map(str, seeds))}.", "",
+                  *table(presets, scores), ""]
     lines += [f"- {name} failed with {why}" for name, why in sweep["failed"].items()]
     lines += ["", "Run with " + "; ".join(", ".join(f"`{value}`" if key == "command" else f"{key} {value}"
                                                     for key, value in run.items()) for run in sweep["runs"]) + ".", "",

@@ -31,8 +31,9 @@ import torch
 from tqdm import tqdm
 
 import empo2
+import envs
 import train
-from report import progress_of, report
+from report import PAPER, progress_of, report
 
 ROOT, LIBC = Path(__file__).parent, ctypes.CDLL(None)
 EXPERIMENTS = {
@@ -49,6 +50,9 @@ EXPERIMENTS = {
     "scienceworld": ["--tasks", "power-component", "find-plant", "test-conductivity", "--presets", "grpo", "empo2",
                      "--seeds", "0", "--", "--iterations", "30", "--eval-every", "10", "--eval-variations", "5",
                      "--eval-episodes", "2"],
+    # Table 1 of the paper, a run for each of its tasks: for a GPU
+    "paper": ["--tasks", *PAPER, "--presets", "grpo", "empo2", "--seeds", "0", "--",
+              "--env", "scienceworld", "--iterations", "200", "--eval-every", "50"],
 }
 
 
@@ -201,7 +205,8 @@ def main(argv=None):
         sweep = {"settings": settings, "failed": old.get("failed", {}), "runs": old.get("runs", [])}
         for name in ("tasks", "presets", "seeds"):  # what was asked for before stays in the report
             sweep[name] = list(dict.fromkeys(old.get(name, []) + getattr(args, name)))
-        sweep["runs"] += [run for run in [surroundings(argv)] if run not in sweep["runs"]]
+        sweep["runs"] += [run for run in [surroundings(argv) | {"environment": envs.ENVS[settings["env"]].VERSION}]
+                          if run not in sweep["runs"]]
 
         def save():
             path.with_suffix(".tmp").write_text(json.dumps(sweep, indent=1))

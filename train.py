@@ -13,8 +13,8 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRES
   python train.py --env house --env-options rooms=2                                       # no Java, milliseconds
   python train.py --resume --run-dir runs/scienceworld-power-component-0                  # after a stop or crash
 
-On --resume only --iterations may grow, and --rollout-batch, --micro-tokens, --load-in-4bit, --save-every and
---keep-checkpoints may change (a smaller --rollout-batch draws other episodes).
+On --resume only --iterations may grow, and --rollout-batch, --micro-tokens, --load-in-4bit, --save-every,
+--keep-checkpoints and --report-to may change (a smaller --rollout-batch draws other episodes).
 """
 import argparse
 import dataclasses
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -45,6 +46,9 @@ STANDIN = Path(__file__).parent / "standin"
 
 def train(s, run_dir, start=None):
     """Run the iterations from checkpoint `start` on (None: a new run). Returns how many are done."""
+    trackers = Accelerator(log_with=s.report_to, project_dir=run_dir)  # without --report-to it has none
+    if s.report_to and not trackers.log_with:
+        raise ValueError(f"--report-to {s.report_to}: not installed; pip install {s.report_to}")
     policy = load_policy(s, run_dir / f"checkpoint-{start}" if start is not None else None)
     simulators, pool = make_envs(s)
     eval_pool = task_pool(simulators[0], s.tasks, "test", s.eval_variations) if s.eval_every else []
@@ -61,6 +65,7 @@ def train(s, run_dir, start=None):
     run_dir.mkdir(parents=True, exist_ok=True)  # not before everything is loaded: bad input leaves nothing behind
     (run_dir / "settings.tmp").write_text(json.dumps(dataclasses.asdict(s), indent=1))
     os.replace(run_dir / "settings.tmp", run_dir / "settings.json")
+    trackers.init_trackers("empo2", {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(s).items()})
     interrupted = finish_on_interrupt()
     shown = {}
     with tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True) as bar:
@@ -69,7 +74,9 @@ def train(s, run_dir, start=None):
             if iteration % s.save_every == 0 or stop:
                 save_checkpoint(run_dir, iteration, parts, s)
             if s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations) and not interrupted:
-                shown["eval"] = log_evaluation(policy, simulators, eval_pool, iteration, s, run_dir, bar)
+                result = log_evaluation(policy, simulators, eval_pool, iteration, s, run_dir, bar)
+                trackers.log({f"eval_{name}": result[name] for name in ("score", "success")}, step=iteration)
+                shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
                 bar.set_postfix(shown)
             if stop:
                 break
@@ -92,11 +99,13 @@ def train(s, run_dir, start=None):
             metrics = {"iteration": iteration, **rollout_metrics(episodes, attempts * len(jobs), tips, novelty), **learnt,
                        **clock.split()}
             append(run_dir / "metrics.jsonl", [metrics])
+            trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
             append(run_dir / "episodes.jsonl", [transcript(iteration, e, s.intrinsic_coef) for e in episodes])
             bar.update()
             shown |= {"score": f"{metrics['score']:.1f}", "best": f"{metrics['score_best']:.0f}", "tips": len(tips),
                       "kl": f"{metrics.get('approx_kl', 0):.4f}"}
             bar.set_postfix(shown)
+    trackers.end_training()
     return iteration
 
 
@@ -228,7 +237,7 @@ def log_evaluation(policy, simulators, pool, iteration, s, run_dir, bar):
         "seconds_training": round(sum(v for m in past for k, v in m.items() if k.startswith("seconds_")), 2),
         "seconds": round(time.perf_counter() - since, 2)}
     append(run_dir / "evals.jsonl", [result])
-    return f"{result['score']:.1f}, {result['success']:.0%} solved"
+    return result
 
 
 class Clock:
@@ -260,7 +269,7 @@ def append(path, records):
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
-RESUMABLE = ("rollout_batch", "micro_tokens", "load_in_4bit", "save_every", "keep_checkpoints")  # may change on --resume
+RESUMABLE = ("rollout_batch", "micro_tokens", "load_in_4bit", "save_every", "keep_checkpoints", "report_to")  # on --resume
 
 
 def save_checkpoint(run_dir, iteration, parts, s):

@@ -1,24 +1,26 @@
-"""train.py and eval.py from the outside: what a run leaves, what survives, what is refused.
+"""train.py from the outside: what a run leaves, what survives, what is refused.
 
     pytest tests/test_train.py
 """
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import accelerate.tracking
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import empo2
-import eval as evaluation
 import train
 
 SMALL = ["--env", "house", "--tasks", "radio", "fan", "--env-options", "rooms=2", "step_limit=3", "--group-size", "3",
@@ -97,15 +99,15 @@ def test_ctrl_c_finishes_the_iteration_and_saves(checkpoint, tmp_path):
     assert process.returncode == 0 and (run_dir / f"checkpoint-{done}").exists() and "Ctrl-C: finishing" in err + out
 
 
-def refused(capsys, *argv, run=train.main):
+def refused(capsys, *argv):
     """Run with bad input: a non-zero exit and one line on stderr, which is returned."""
-    assert run(list(argv)) not in (0, None)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("train.py:", "eval.py:"))]
+    assert train.main(list(argv)) not in (0, None)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py:")]
     assert len(lines) == 1
     return lines[0]
 
 
-def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished):
+def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished, monkeypatch):
     new = ["--model", checkpoint, "--run-dir", str(tmp_path / "new")]
     assert "unknown environment" in refused(capsys, *new, "--env", "nowhere")
     assert "did you mean" in refused(capsys, *new, "--env", "house", "--tasks", "radios")
@@ -125,6 +127,9 @@ def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished
     assert "nothing to resume" in refused(capsys, "--resume", "--run-dir", str(tmp_path / "never"))
     assert "unknown setting --memory-probs; did you mean --memory-prob?" in refused(capsys, "--memory-probs", "1")
     assert "unknown setting --nonsense; see --help" in refused(capsys, "--nonsense", "1")
+    assert "tensorboards" in refused(capsys, *new, "--report-to", "tensorboards")
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    assert "pip install tensorboard" in refused(capsys, *SMALL, *new, "--report-to", "tensorboard")
     assert not (tmp_path / "new").exists(), "bad input leaves nothing behind"
 
 
@@ -168,23 +173,6 @@ def test_a_run_can_be_made_longer_but_not_shorter(finished, tmp_path, capsys):
     assert [m["iteration"] for m in records(run_dir / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
-def test_evaluation_of_a_run_and_of_a_base_model(finished, checkpoint, tmp_path, capsys):
-    out = tmp_path / "run.json"
-    assert evaluation.main([str(finished), "--variations", "2", "--episodes", "2", "--out", str(out)]) == 0
-    result = json.loads(out.read_text())
-    assert set(result["tasks"]) == {"radio", "fan"} and result["tasks"]["fan"]["episodes"] == 4
-    assert result["protocol"]["adapter"].endswith("checkpoint-4") and result["protocol"]["environment"] == "house 2"
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in empo2.FIGURES)
-    base = tmp_path / "base.json"
-    assert evaluation.main(["--model", checkpoint, "--env", "house", "--tasks", "fan", "--variations", "1",
-                            "--out", str(base)]) == 0
-    assert json.loads(base.read_text())["protocol"]["adapter"] == "None"
-    assert "exists" in refused(capsys, "--model", checkpoint, "--out", str(base), run=evaluation.main)
-    assert "no run with a checkpoint" in refused(capsys, str(tmp_path), run=evaluation.main)
-    assert "no folder" in refused(capsys, str(finished), "--out", str(tmp_path / "no" / "x.json"), run=evaluation.main)
-
-
 @pytest.mark.parametrize("name", empo2.PRESETS)
 def test_a_preset_differs_in_what_it_names_and_the_command_line_goes_first(name, tmp_path):
     new = ["--run-dir", str(tmp_path / "new")]
@@ -194,6 +182,50 @@ def test_a_preset_differs_in_what_it_names_and_the_command_line_goes_first(name,
     if "memory_prob" in named:
         s, _, _, notes = train.parse([*new, "--memory_prob=0.6", "--preset", name])
         assert s.memory_prob == 0.6 and not any("memory_prob" in note for note in notes)
+
+
+def test_metrics_reach_a_tracker_and_none_is_there_by_default(checkpoint, tmp_path, monkeypatch):
+    """--report-to through accelerate, with a tracker in the place of tensorboard."""
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker, config, logged = "fake", True, None, {}, []
+
+        def __init__(self, run_name, logging_dir):
+            assert str(logging_dir) == str(tmp_path / "run")
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            self.config.update(values)
+
+        def log(self, values, step, **_):
+            self.logged.append((step, values))
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "fake", Tracker)
+    short = [*SMALL, "--model", checkpoint, "--iterations", "1", "--eval-every", "1", "--eval-episodes", "1"]
+    assert train.main([*short, "--run-dir", str(tmp_path / "none")]) == 0 and not Tracker.logged
+    assert train.main([*short, "--run-dir", str(tmp_path / "run"), "--report-to", "fake"]) == 0
+    assert Tracker.config["lora_r"] == 2 and Tracker.config["tasks"] == "['radio', 'fan']"
+    assert [(step, "eval_success" in v, "approx_kl" in v) for step, v in Tracker.logged] == [
+        (0, True, False), (0, False, True), (1, True, False)]
+
+
+def test_the_readmes_merged_checkpoint_is_the_adapters_policy(finished, checkpoint, tmp_path):
+    """The README's lines, with other names; in fp32, plain transformers gives the log-probs of the adapter."""
+    code = re.search(r"```python\n(.*?merge_and_unload.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    adapter, merged = finished / "checkpoint-4", tmp_path / "merged"
+    for name, ours in {"Qwen/Qwen2.5-7B-Instruct": checkpoint, '"merged"': f'"{merged}"',
+                       "runs/scienceworld-power-component-0/checkpoint-200": adapter}.items():
+        assert name in code
+        code = code.replace(name, str(ours))
+    exec(code, {})
+    ids = torch.randint(3, 300, (2, 40), generator=torch.manual_seed(0))
+    policy = train.Policy.load(checkpoint, adapter=adapter)
+    mask = (torch.arange(40) > 0).expand(2, -1)
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    assert type(plain).__name__ == "Qwen2ForCausalLM" and AutoTokenizer.from_pretrained(merged).chat_template
+    with torch.no_grad():
+        logp = plain(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        assert torch.allclose(logp, policy.logprobs(ids, mask)[0][:, 1:], atol=1e-4)
+        assert not torch.allclose(logp, policy.logprobs(ids, mask, reference=True)[0][:, 1:], atol=1e-4)
 
 
 def test_reflexion_moves_no_weight(checkpoint, tmp_path, capsys):
