@@ -582,7 +582,7 @@ def figures(episodes):
 
 
 def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, progress=lambda phase, text: None,
-             memory=None, embed=list):
+             memory=None, embed=list):  # without a memory it is asked for nothing
     """Play `episodes` of each (task, variation) of the pool without learning; with a memory, its tips are shown at
     every turn, and nothing is added to it.
 

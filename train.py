@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -46,9 +47,9 @@ STANDIN = Path(__file__).parent / "standin"
 
 def train(s, run_dir, start=None):
     """Run the iterations from checkpoint `start` on (None: a new run). Returns how many are done."""
-    trackers = Accelerator(log_with=s.report_to, project_dir=run_dir)  # without --report-to it has none
-    if s.report_to and not trackers.log_with:
+    if s.report_to and not filter_trackers([s.report_to], run_dir):
         raise ValueError(f"--report-to {s.report_to}: not installed; pip install {s.report_to}")
+    trackers = Accelerator(log_with=s.report_to, project_dir=run_dir)  # without --report-to it has none
     policy = load_policy(s, run_dir / f"checkpoint-{start}" if start is not None else None)
     simulators, pool = make_envs(s)
     eval_pool = task_pool(simulators[0], s.tasks, "test", s.eval_variations) if s.eval_every else []

@@ -154,3 +154,26 @@ def test_a_named_experiment_can_be_overridden():
     args, extra = sweep.split_command(["laptop", "--seeds", "7", "--", "--iterations", "3"])
     assert args.seeds == [7] and args.presets == ["grpo", "empo2"] and str(args.out) == "sweeps/laptop"
     assert extra[-2:] == ["--iterations", "3"] and "--eval-every" in extra
+
+
+def test_scienceworld_scores_stand_beside_the_papers(tmp_path):
+    """All rows of Table 1 in its order; the last evaluation of finished runs, missing where there is none."""
+    run_dir = tmp_path / "find-plant" / "grpo" / "0"
+    run_dir.mkdir(parents=True)
+    (run_dir / "settings.json").write_text(json.dumps({"iterations": 2}))
+    (run_dir / "evals.jsonl").write_text("".join(json.dumps(
+        {"iteration": i, "training_episodes": i, "seconds": 1, "tasks": {"find-plant": {"share_100": 0, "mean": score}}}
+    ) + "\n" for i, score in ((0, -50.0), (2, 30.0))))
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"episodes": 4, "success": 0.0}) + "\n")
+    settings = {"together": False, "env": "scienceworld", "step_limit": None, "eval_variations": 20, "eval_episodes": 4,
+                "eval_temperature": 0.4}
+    report.report(tmp_path, {"tasks": ["find-plant"], "presets": ["grpo", "empo2"], "seeds": [0], "settings": settings,
+                             "runs": [{"command": "x", "environment": "scienceworld 1.2.3"}], "failed": {}})
+    summary = (tmp_path / "summary.md").read_text()
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in
+             summary.split("Table 1")[1].splitlines() if line.startswith("|")]
+    assert lines[0][:4] == ["task", "grpo", "empo2", "paper: base"] and [r[0] for r in lines[2:]] == list(report.PAPER)
+    rows = {line[0]: line[1:] for line in lines}
+    assert rows["find-plant"] == ["30.00", "missing", "-47.10", "15.10", "23.00", "46.20", "100.00"]
+    assert rows["find-animal"][:2] == ["missing", "missing"]
+    assert "step limits: the paper's" in summary and "scienceworld 1.2.3" in summary and "seeds: 0" in summary
