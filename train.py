@@ -47,9 +47,10 @@ STANDIN = Path(__file__).parent / "standin"
 
 def train(s, run_dir, start=None):
     """Run the iterations from checkpoint `start` on (None: a new run). Returns how many are done."""
-    if s.report_to and not filter_trackers([s.report_to], run_dir):
+    trackers = Accelerator(project_dir=run_dir)
+    trackers.log_with = filter_trackers(s.report_to, run_dir)  # none without --report-to
+    if s.report_to and not trackers.log_with:
         raise ValueError(f"--report-to {s.report_to}: not installed; pip install {s.report_to}")
-    trackers = Accelerator(log_with=s.report_to, project_dir=run_dir)  # without --report-to it has none
     policy = load_policy(s, run_dir / f"checkpoint-{start}" if start is not None else None)
     simulators, pool = make_envs(s)
     eval_pool = task_pool(simulators[0], s.tasks, "test", s.eval_variations) if s.eval_every else []
@@ -270,7 +271,8 @@ def append(path, records):
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
-RESUMABLE = ("rollout_batch", "micro_tokens", "load_in_4bit", "save_every", "keep_checkpoints", "report_to")  # on --resume
+# What may change on --resume.
+RESUMABLE = ("rollout_batch", "micro_tokens", "load_in_4bit", "save_every", "keep_checkpoints", "report_to")
 
 
 def save_checkpoint(run_dir, iteration, parts, s):

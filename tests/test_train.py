@@ -127,6 +127,7 @@ def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished
     assert "nothing to resume" in refused(capsys, "--resume", "--run-dir", str(tmp_path / "never"))
     assert "unknown setting --memory-probs; did you mean --memory-prob?" in refused(capsys, "--memory-probs", "1")
     assert "unknown setting --nonsense; see --help" in refused(capsys, "--nonsense", "1")
+    accelerate.state.PartialState._reset_state()  # as in a new process
     assert "tensorboards" in refused(capsys, *new, "--report-to", "tensorboards")
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     assert "pip install tensorboard" in refused(capsys, *SMALL, *new, "--report-to", "tensorboard")
