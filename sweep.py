@@ -38,8 +38,8 @@ from report import PAPER, progress_of, report
 ROOT, LIBC = Path(__file__).parent, ctypes.CDLL(None)
 EXPERIMENTS = {
     # GRPO, EMPO² and what becomes of it without each of its parts, in a house where nothing is found by luck
-    "laptop": ["--tasks", "red light bulb", "fan", "radio", "heater", "--together", "--seeds", "0", "1", "2", "--jobs", "2",
-               "--presets", "grpo", "empo2", "no-offpolicy", "no-onpolicy-tips", "no-intrinsic", "mode-episode",
+    "laptop": ["--tasks", "red light bulb", "fan", "radio", "heater", "--together", "--seeds", "0", "1", "2", "--jobs",
+               "2", "--presets", "grpo", "empo2", "no-offpolicy", "no-onpolicy-tips", "no-intrinsic", "mode-episode",
                "mode-batch", "denominator-tips", "no-mask", "--",
                "--env", "house", "--step-limit", "10", "--env-options", "rooms=12", "containers=6", "parts=2",
                "partial_credit=false", "--variations", "32", "--tasks-per-iteration", "4", "--iterations", "60",

@@ -3,10 +3,12 @@
 It has what a language model would bring: it writes well-formed actions, thinks before it acts ("seek ITEM in ROOM
 CONTAINER: ACTION"), follows tips that it is shown, looks somewhere at random when nothing is known, and sums an
 episode up in one true sentence. It is trained from scratch by imitation of a scripted player with exactly that
-behaviour, on made-up tasks: things and parts are drawn from all names, their places are drawn anew in each episode.
-The tasks of the house itself, that is its things with their own parts in their places, are never played.
+behaviour, on made-up tasks: a thing and its parts are drawn from all names, their places anew in each episode. The
+house's own tasks, that is its things with their own parts in their places, are never played.
 
-    python standin/house.py --force
+    python standin/house.py --force       12 minutes on two cores; learning is limited by time, so that another
+                                          machine gets another player of the same kind
+    python standin/house.py --check       what the player in the folder can do
 """
 import argparse
 import random
@@ -28,6 +30,7 @@ from policy import Policy  # noqa: E402
 from standin.make import make_tokenizer  # noqa: E402
 
 FACT = re.compile(r"(?:found|score \d+:|,) ([a-z ]+) in (\w+) (\w+)")  # in an observation or a tip
+FOLDER = Path(__file__).parent / "house"
 EXPERIMENT = {"rooms": 12, "containers": 6, "parts": 2, "step_limit": 10, "partial_credit": False}
 SETTINGS = empo2.Settings(env="house")
 
@@ -109,7 +112,8 @@ def play(policy, env, rng):
 
 def corpus(env):
     """What the tokenizer is made from: every word of the house, whole."""
-    yield from (empo2.TIPS_TEXT.format("- score 0: a unknown, b unknown.\n- "), envs.UNKNOWN, "score 100", "all found: turn on")
+    yield from (empo2.TIPS_TEXT.format("- score 0: a unknown, b unknown.\n- "), envs.UNKNOWN, "score 100",
+                "all found: turn on")
     for item in env.NAMES + list(env.JUNK):
         for room, box in env.places:
             yield f"seek {item} in {room} {box}: go to {room}, open {box}, take {item}, turn on {item}"
@@ -157,24 +161,26 @@ def start_looking_up(first, second, heads, size, theta):
         second.o_proj.weight[:, mine] = 0.5 * basis[head * size:(head + 1) * size].T
 
 
-def learn(policy, env, minutes, rng, episodes=8, lr=0.02):
-    """Imitate the scripted player, fresh episodes at each step."""
-    base = policy.model.get_base_model()
-    for name, p in policy.model.named_parameters():
-        p.requires_grad_("lora" not in name)
-    fast = torch.cpu._is_avx512_bf16_supported()
-    own = [p for p in policy.model.parameters() if p.requires_grad]
-    copying = [p for n, p in base.named_parameters() if p.requires_grad and p.ndim == 2 and re.search(r"layers\.[01]\.self", n)]
-    matrices = [p for n, p in base.named_parameters() if p.requires_grad and p.ndim == 2 and "layers" in n and not any(p is c for c in copying)]
-    rest = [p for p in own if not any(p is m for m in matrices + copying)]
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.05), torch.optim.Muon(copying, lr=0.3 * lr, weight_decay=0.0),
-                  torch.optim.AdamW(rest, lr=0.4 * lr, betas=(0.9, 0.95), weight_decay=0.0)]
+def learn(policy, env, minutes, rng, episodes=8, lr=0.015):
+    """Imitate the scripted player, on fresh episodes at each step."""
+    base, fast = policy.model.get_base_model(), torch.cpu._is_avx512_bf16_supported()
+    parameters = {name: p.requires_grad_("lora" not in name) for name, p in base.named_parameters()}
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+    kind = {name: "rest" if p.ndim < 2 or "layers" not in name else
+            "lookup" if re.search(r"layers\.[01]\.self_attn", name) else "matrix" for name, p in parameters.items()}
+    optimizers = [torch.optim.Muon([p for n, p in parameters.items() if kind[n] == "matrix"], lr=lr, weight_decay=0.05),
+                  # slow, or the circuit is lost before it is of use
+                  torch.optim.Muon([p for n, p in parameters.items() if kind[n] == "lookup"], lr=0.3 * lr,
+                                   weight_decay=0),
+                  torch.optim.AdamW([p for n, p in parameters.items() if kind[n] == "rest"], lr=0.4 * lr,
+                                    betas=(0.9, 0.95), weight_decay=0)]
     peak = [o.param_groups[0]["lr"] for o in optimizers]
     start, average, step = time.time(), None, 0
     bar = tqdm(total=round(60 * minutes), desc="learn", unit="s")
     while (passed := (time.time() - start) / (60 * minutes)) < 1:
         for optimizer, rate in zip(optimizers, peak):
             optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 30, (1 - passed) / 0.6 + 0.01)
+            optimizer.zero_grad()
         rows = [play(policy, env, rng) for _ in range(episodes)]
         total, shown = sum(sum(r.old_logp) for r in rows), 0.0
         for batch in empo2.micro_batches(rows, 2048):
@@ -183,10 +189,9 @@ def learn(policy, env, minutes, rng, episodes=8, lr=0.02):
             loss = -(logp * empo2.stack(batch, "old_logp")).sum() / total
             loss.backward()
             shown += loss.item()
-        torch.nn.utils.clip_grad_norm_(own, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
         step += 1
         average = shown if average is None else 0.95 * average + 0.05 * shown
         bar.n = min(bar.total, round(time.time() - start))
@@ -195,56 +200,62 @@ def learn(policy, env, minutes, rng, episodes=8, lr=0.02):
 
 
 def check(folder, variations=16, seed=0):
-    """What the player can do on the house's own tasks, tips included -> {name: share}. Nothing is learnt here."""
-    s = empo2.Settings(env="house", memory_key="task", memory_scope="task", memory_prob=1.0, tips=4)
-    env, embed = envs.make("house", **EXPERIMENT), memory.embedder()
-    policy, told, own = Policy.load(str(folder)), memory.TipMemory(k=4), memory.TipMemory()
+    """What the player can do on the house's own tasks before anything is learnt -> {name: share}.
+
+    Its memory holds the true facts, one a tip. A tip that it writes claims to have found things, or claims nothing.
+    """
+    s = empo2.Settings(env="house", memory_key="task", memory_scope="task", action_tokens=16, tip_tokens=40)
+    simulators, embed = [envs.make("house", **EXPERIMENT) for _ in range(64)], memory.embedder()
+    policy, env, told, own = Policy.load(str(folder)), simulators[0], memory.TipMemory(k=4), memory.TipMemory()
     jobs = [(task, v, 0) for task in env.tasks() for v in env.variations(task, "test")[:variations]]
-    for task in env.tasks():  # one fact a line, as single episodes would have found them
-        text = env.reset(task, 0)[1]["task"]
+    for task in env.tasks():
+        key = embed([env.reset(task, 0)[1]["task"]])[0]
         for item, place in env.hiding.items():
-            told.add(embed([text])[0], tip_of(0, env.hiding, {item: place}), 0, task)
+            told.add(key, tip_of(0, env.hiding, {item: place}), 0, task)
     result, claims = {}, []
-    for name, probability, temperature in (("success without tips, greedy", 0, 0), ("success without tips", 0, 1),
-                                           ("success with true tips", 1, 1)):
+    for name, s.memory_prob, policy.temperature in (("without tips, greedy", 0, 0), ("without tips", 0, 1),
+                                                    ("with true tips", 1, 1)):
         torch.manual_seed(seed)
-        policy.temperature = temperature
-        s.memory_prob = probability
-        played = [e for wave in empo2.rollout(
-            policy, [envs.make("house", **EXPERIMENT) for _ in range(64)], jobs, told, None, embed, s,
-            np.random.default_rng(seed), envs.EnvFault) for e in wave]
-        for first in range(0, len(played), 64):
-            empo2.write_tips(policy, played[first:first + 64], own, embed, s)
-        result[name] = float(np.mean([e.score == 100 for e in played]))
-        turns = [turn.texts for e in played for turn in e.turns]
-        result[name.replace("success", "actions understood")] = float(np.mean([t["next"] != envs.UNKNOWN for t in turns]))
+        played = []
+        for wave in empo2.rollout(policy, simulators, jobs, told, None, embed, s, np.random.default_rng(seed),
+                                  envs.EnvFault):
+            empo2.write_tips(policy, wave, own, embed, s)
+            played += wave
+        understood = [turn.texts["next"] != envs.UNKNOWN for e in played for turn in e.turns]
+        result |= {f"success {name}": float(np.mean([e.score == 100 for e in played])),
+                   f"actions understood {name}": float(np.mean(understood))}
         for e in played:
             env.reset(e.task, e.variation)
-            claims += [place == env.hiding.get(item) for item, *place in map(tuple, FACT.findall(e.tip)) for place in [tuple(place)]]
+            claims += [(room, box) == env.hiding.get(item) for item, room, box in FACT.findall(e.tip)]
     return result | {"claims in its own tips": len(claims), "of them true": float(np.mean(claims or [0]))}
+
+
+def make(folder, minutes, seed):
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    env = OtherHouses(rng, **{k: EXPERIMENT[k] for k in ("rooms", "containers")})
+    tokenizer = make_tokenizer(corpus(env), 1024)
+    tokenizer.save_pretrained(folder)
+    make_model(len(tokenizer)).save_pretrained(folder)
+    policy = Policy.load(str(folder))
+    learn(policy, env, minutes, rng)
+    model = policy.model.unload().requires_grad_(True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {folder}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "house", help="folder (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10, help="time to learn (default: 10)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=12, help="time to learn, on two cores (default: 12)")
+    parser.add_argument("--check", action="store_true", help="make nothing, measure the player in the folder")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     parser.add_argument("--force", action="store_true", help="replace the model in the folder")
     args = parser.parse_args()
-    if (args.out / "model.safetensors").exists() and not args.force:
-        parser.error(f"{args.out} already holds a model; give another --out, or --force to replace it")
-    torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
-    env = OtherHouses(rng, rooms=12, containers=6)
-    tokenizer = make_tokenizer(corpus(env), 1024)
-    tokenizer.save_pretrained(args.out)
-    model = make_model(len(tokenizer))
-    model.save_pretrained(args.out)
-    policy = Policy.load(str(args.out))
-    learn(policy, env, args.minutes, rng)
-    model = policy.model.unload()
-    model.requires_grad_(True).to(torch.bfloat16).save_pretrained(args.out)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
+    if not args.check:
+        if (args.out / "model.safetensors").exists() and not args.force:
+            parser.error(f"{args.out} already holds a model; give another --out, or --force to replace it")
+        make(args.out, args.minutes, args.seed)
     print(*(f"{name}: {value:.3f}" for name, value in check(args.out).items()), sep="\n")
 
 
