@@ -1,7 +1,7 @@
 """The paper's evaluations, of a run's checkpoint or of a base model. No weight is changed.
 
   python eval.py runs/scienceworld-power-component-0                      # Table 1: its last checkpoint, its tasks
-  python eval.py runs/scienceworld-power-component-0 --memory --split train  # with the tips of the checkpoint
+  python eval.py runs/scienceworld-power-component-0 --memory --split train --variations 5  # with its tips
   python eval.py runs/scienceworld-power-component-0 --protocol ood --tasks chemistry-mix-paint-secondary-color
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant      # a base model
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant --protocol ood    # and as Reflexion
@@ -49,10 +49,11 @@ def run_parts(args, s, adapter, parts, save):
     tips = memory.TipMemory(s.memory_capacity, s.tip_threshold, s.tips, s.tip_rank)
     if args.memory:
         tips.load(adapter / "tips.npz")
-        met = {empo2.memory_slot(empo2.Episode(*pair, 0, [], [], ""), s.memory_scope) for pair in pool}
-        if met.isdisjoint(tips.slots):
-            raise ValueError(f"--memory: the run has no tips for these variations (its memory_scope is {s.memory_scope}); "
-                             "evaluate with --split train, or train with --memory-scope task")
+        asked = {empo2.memory_slot(empo2.Episode(*pair, 0, [], [], ""), s.memory_scope) for pair in pool}
+        if not asked <= tips.slots.keys():  # what is called "with memory" shall have one
+            raise ValueError(f"--memory: the run has tips in {len(asked & tips.slots.keys())} of these {len(asked)} "
+                             f"memories (one per {s.memory_scope}); take what it was trained on, --split train "
+                             f"--variations {s.variations}, or train with --memory-scope task")
     done = {(part["task"], part["trial"]): part for part in parts}
     with tqdm(desc="evaluating", bar_format="{desc} {elapsed}") as bar:
         for task in s.tasks:
@@ -61,8 +62,8 @@ def run_parts(args, s, adapter, parts, save):
             for trial in range(TRIALS[args.protocol]):
                 part = done.get((task, trial))
                 if not part:
-                    part = play(policy, simulators, [pair for pair in pool if pair[0] == task], trial, tips, embed, args,
-                                s, lambda phase, text: bar.set_description(f"{task}, trial {trial}: {phase} {text}"))
+                    part = play(policy, simulators, [pair for pair in pool if pair[0] == task], trial, tips, embed,
+                                args, s, lambda phase, text: bar.set_description(f"{task}, trial {trial}: {text}"))
                     parts.append(part)
                     save()
                 # Also after a stop: the memory follows from what is written.
@@ -84,7 +85,8 @@ def play(policy, simulators, pool, trial, tips, embed, args, s, progress):
                 episode.row = row
             empo2.write_tips(policy, batch, memory.TipMemory(), embed, s, progress)
     return {"task": task, "trial": trial, **table[task], "episodes_dropped": dropped,
-            "turns": sum(len(e.turns) for e in played), "memory_turns": sum(bool(t.tips) for e in played for t in e.turns),
+            "turns": sum(len(e.turns) for e in played),
+            "memory_turns": sum(bool(turn.tips) for e in played for turn in e.turns),
             "tips": [{"state": empo2.memory_text(e, e.turns[-1].texts["next"], s.memory_key), "text": e.tip,
                       "score": e.score, "slot": empo2.memory_slot(e, s.memory_scope)} for e in played if e.tip],
             "played": [{"variation": e.variation, "score": e.score, "turns": len(e.turns), "ended": e.ended}
@@ -94,7 +96,7 @@ def play(policy, simulators, pool, trial, tips, embed, args, s, progress):
 def show(protocol, parts, picture):
     """Print the protocol and the table; ood has a row for every trial and a picture."""
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
-    columns = ("episodes", "memory_turns", *empo2.FIGURES)
+    columns = ("episodes", "turns", "memory_turns", *empo2.FIGURES)
     ood = protocol["protocol"] == "ood"
     print(*report.table(columns, {
         f"{part['task']}, trial {part['trial']}" if ood else part["task"]: [part[c] for c in columns]
@@ -131,7 +133,7 @@ def main(argv=None):
         if args.protocol == "ood" and not args.tasks:
             raise ValueError("--protocol ood needs the new tasks: --tasks NAME ...")
         if args.temperature < 0 or args.seed < 0 or args.variations < 1 or args.episodes < 1:
-            raise ValueError("--temperature and --seed must not be negative; --variations and --episodes must be positive")
+            raise ValueError("--temperature and --seed must not be negative, --variations and --episodes be positive")
         s, adapter, name, folder = empo2.Settings(), None, "base", Path()
         if args.run:
             path = Path(args.run)

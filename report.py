@@ -1,6 +1,7 @@
 """What is shown of results, and the paper's numbers to stand beside them.
 
-The report of a sweep is summary.md, curves.png and results.json, from what its runs have left so far. Tip-free success and score are those of a run's last three evaluations (--eval-every), on the test variations.
+The report of a sweep is summary.md, curves.png and results.json, from what its runs have left so far. Tip-free success
+and score are those of a run's last three evaluations (--eval-every), on the test variations.
 `python sweep.py --out OUT --report` writes it at any time.
 """
 import itertools

@@ -151,8 +151,8 @@ def test_ctrl_c_lets_the_runs_save(checkpoint, tmp_path):
 
 
 def test_a_named_experiment_can_be_overridden():
-    args, extra = sweep.split_command(["laptop", "--seeds", "7", "--", "--iterations", "3"])
-    assert args.seeds == [7] and args.presets == ["grpo", "empo2"] and str(args.out) == "sweeps/laptop"
+    args, extra = sweep.split_command(["scienceworld", "--seeds", "7", "--", "--iterations", "3"])
+    assert args.seeds == [7] and args.presets == ["grpo", "empo2"] and str(args.out) == "sweeps/scienceworld"
     assert extra[-2:] == ["--iterations", "3"] and "--eval-every" in extra
 
 
