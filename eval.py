@@ -104,7 +104,8 @@ def show(protocol, parts, picture):
     if ood:
         report.draw_trials(picture, parts)
         for task in sorted(report.PAPER_OOD.keys() & set(protocol["tasks"])):
-            print("the paper's best trial of {}, trained on {}: EMPO² {}, GRPO {}".format(task, *report.PAPER_OOD[task]))
+            trained_on, ours, grpo = report.PAPER_OOD[task]
+            print(f"the paper's best trial of {task}, trained on {trained_on}: EMPO² {ours}, GRPO {grpo}")
 
 
 def main(argv=None):
@@ -150,8 +151,9 @@ def main(argv=None):
         protocol = {
             "protocol": args.protocol, "environment": env.VERSION, "env_options": s.env_options, "tasks": s.tasks,
             "split": args.split, "variations": args.variations, "episodes_per_variation": args.episodes,
-            "temperature": args.temperature, "memory": "off in trial 0, then at every turn" if args.protocol == "ood" else
-            "tips of the checkpoint at every turn" if args.memory else "off",
+            "temperature": args.temperature,
+            "memory": "off in trial 0, then at every turn" if args.protocol == "ood" else
+                      "tips of the checkpoint at every turn" if args.memory else "off",
             "step_limits": {task: env.step_limit or env.STEP_LIMITS.get(task, 30) for task in s.tasks},
             "seed": args.seed, "model": s.model, "adapter": str(adapter), "shots": s.shots,
             "action_correction": s.action_correction}

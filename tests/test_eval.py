@@ -105,8 +105,8 @@ def test_ood_fills_a_memory_and_moves_no_weight(run, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("protocol", ["id", "ood"])
 def test_a_killed_evaluation_is_continued(run, tmp_path, protocol, monkeypatch):
     """kill -9 when some parts are written, then the same command: nothing is repeated, the same numbers come out."""
-    command = [str(run), "--protocol", protocol, "--tasks", *(TASKS if protocol == "id" else TASKS[2:4]), "--variations",
-               "4", "--out"]
+    tasks = TASKS if protocol == "id" else TASKS[2:4]
+    command = [str(run), "--protocol", protocol, "--tasks", *tasks, "--variations", "4", "--out"]
     whole = evaluate(*command, tmp_path / "whole.json")
     out = tmp_path / "killed.json"
     process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *command, str(out)], stdout=subprocess.DEVNULL,
@@ -168,14 +168,15 @@ def test_a_player_that_knows_the_solutions_gets_100_in_scienceworld(checkpoint, 
     assert "environment scienceworld 1.2.3" in printed[0] and "'find-plant': 30" in printed[0]
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in printed if "|" in line}
     assert [name for name in rows if name in report.PAPER] == list(report.PAPER)
-    assert rows["find-plant"] == ["1", str(result["parts"][0]["turns"]), "0", "100.00", "100.00", "100.00", "1.00", "0.00", "-47.10", "15.10", "23.00",
-                                  "46.20", "100.00"]
+    assert rows["find-plant"][:3] == ["1", str(result["parts"][0]["turns"]), "0"]
+    assert rows["find-plant"][3:8] == ["100.00", "100.00", "100.00", "1.00", "0.00"]
+    assert rows["find-plant"][8:] == ["-47.10", "15.10", "23.00", "46.20", "100.00"]
     assert rows["chemistry-mix"][:8] == ["missing"] * 8 and rows["chemistry-mix"][-1] == "42.70"
     assert rows["mean of 3 rows"][3] == "100.00" and rows["mean of 3 rows"][-1] == "98.10"
 
 
 def test_the_papers_numbers():
-    """Their means are those of the paper's last row; the sweep takes exactly its tasks; the README names all presets."""
+    """Their means are those of the paper; the sweep takes exactly its tasks, and the README names all presets."""
     means = [sum(column) / 18 for column in zip(*report.PAPER.values())]
     assert means == pytest.approx([-61.4, 17.1, 33.8, 33.2, 75.9], abs=0.06) and len(report.PAPER) == 18
     args, extra = sweep.split_command(["paper"])
