@@ -89,6 +89,7 @@ class Settings:
     offpolicy_prob: float = setting(2 / 3, "q: probability that a memory turn is updated off-policy")
     denominator: Literal["no-tips", "tips"] = setting("no-tips", "(2) prompt of the off-policy behaviour log-prob")
     learning_rate: Optional[float] = setting(None, "of AdamW, constant [1e-5 on a GPU, 1e-3 for the stand-in]")
+    adam_eps: float = setting(1e-8, "of AdamW; a larger one keeps steps small where gradients are tiny")
     minibatch_episodes: int = setting(16, "episodes per optimiser step")
     micro_tokens: Optional[int] = setting(None, "padded tokens per forward pass [by the card's memory: 6144, 16384]")
     clip_low: float = setting(0.2, "ratio clip 1 - clip_low")
