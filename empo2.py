@@ -89,7 +89,6 @@ class Settings:
     offpolicy_prob: float = setting(2 / 3, "q: probability that a memory turn is updated off-policy")
     denominator: Literal["no-tips", "tips"] = setting("no-tips", "(2) prompt of the off-policy behaviour log-prob")
     learning_rate: Optional[float] = setting(None, "of AdamW, constant [1e-5 on a GPU, 1e-3 for the stand-in]")
-    adam_eps: float = setting(1e-8, "of AdamW; a larger one keeps steps small where gradients are tiny")
     minibatch_episodes: int = setting(16, "episodes per optimiser step")
     micro_tokens: Optional[int] = setting(None, "padded tokens per forward pass [by the card's memory: 6144, 16384]")
     clip_low: float = setting(0.2, "ratio clip 1 - clip_low")
@@ -145,6 +144,7 @@ PRESETS = {
     "intrinsic-half": {"intrinsic_coef": 0.5},
     "intrinsic-double": {"intrinsic_coef": 2.0},
     "no-mask": {"min_prob": 0.0},
+    "mode-turn": {"mode_level": "turn"},  # (1) the default; differs in the laptop experiment
     "mode-episode": {"mode_level": "episode"},  # (1)
     "mode-batch": {"mode_level": "batch"},  # (1)
     "denominator-tips": {"denominator": "tips"},  # (2)

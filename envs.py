@@ -389,7 +389,7 @@ class House(Env):
     partial_credit  for opening the right containers and for taking what was in them, 50 in all; else only the 100
     """
     VERSION = "house 2"
-    VARIATIONS = 64
+    VARIATIONS = 128
     THINGS = {"red light bulb": ("battery", "wire"), "fan": ("plug", "blade"), "radio": ("antenna", "speaker"),
               "heater": ("hose", "valve"), "clock": ("spring", "dial"), "printer": ("paper", "ink")}
     JUNK = ("spoon", "book", "sock", "rope", "coin", "pen", "cup", "hat")

@@ -59,7 +59,7 @@ def train(s, run_dir, start=None):
     embed = memory.embedder(s.embedder)
     tips = memory.TipMemory(s.memory_capacity, s.tip_threshold, s.tips, s.tip_rank)
     novelty = memory.NoveltyStore(s.novelty_threshold)
-    optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, eps=s.adam_eps, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, weight_decay=0.0)
     parts = Parts(policy, optimizer, tips, novelty)
     if start is not None:
         load_checkpoint(run_dir, start, parts)

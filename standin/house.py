@@ -31,7 +31,7 @@ from standin.make import make_tokenizer  # noqa: E402
 
 FACT = re.compile(r"(?:found|score \d+:|,) ([a-z ]+) in (\w+) (\w+)")  # in an observation or a tip
 FOLDER = Path(__file__).parent / "house"
-EXPERIMENT = {"rooms": 12, "containers": 6, "parts": 2, "step_limit": 10, "partial_credit": False}
+EXPERIMENT = {"rooms": 12, "containers": 6, "parts": 1, "step_limit": 7, "partial_credit": False}
 SETTINGS = empo2.Settings(env="house")
 
 

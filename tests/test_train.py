@@ -179,7 +179,8 @@ def test_a_preset_differs_in_what_it_names_and_the_command_line_goes_first(name,
     new = ["--run-dir", str(tmp_path / "new")]
     plain, ours = (vars(train.parse([*new, *given])[0]) for given in ([], ["--preset", name]))
     named = empo2.PRESETS[name]
-    assert {k: v for k, v in ours.items() if v != plain[k]} == named | ({"preset": name} if name != "empo2" else {})
+    assert all(ours[k] == v for k, v in named.items())
+    assert {k: v for k, v in ours.items() if v != plain[k]} == {k: v for k, v in named.items() if v != plain[k]} | ({"preset": name} if name != "empo2" else {})
     if "memory_prob" in named:
         s, _, _, notes = train.parse([*new, "--memory_prob=0.6", "--preset", name])
         assert s.memory_prob == 0.6 and not any("memory_prob" in note for note in notes)
