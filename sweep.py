@@ -50,8 +50,8 @@ EXPERIMENTS = {
                "--eval-variations", "32", "--eval-episodes", "1", "--eval-temperature", "0"],
     # The same comparison with the stand-in on real ScienceWorld
     "scienceworld": ["--tasks", "power-component", "find-plant", "test-conductivity", "--presets", "grpo", "empo2",
-                     "--seeds", "0", "--", "--iterations", "30", "--eval-every", "10", "--eval-variations", "5",
-                     "--eval-episodes", "2"],
+                     "--seeds", "0", "--jobs", "2", "--", "--iterations", "10", "--eval-every", "5",
+                     "--eval-variations", "4", "--eval-episodes", "2"],
     # Table 1 of the paper, a run for each of its tasks: for a GPU
     "paper": ["--tasks", *PAPER, "--presets", "grpo", "empo2", "--seeds", "0", "--",
               "--env", "scienceworld", "--iterations", "200", "--eval-every", "50"],
