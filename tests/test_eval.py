@@ -154,7 +154,7 @@ def test_a_player_that_knows_the_solutions_gets_100(checkpoint, tmp_path, monkey
     follow_the_solution(monkeypatch)
     result = evaluate("--model", checkpoint, "--env", "house", "--tasks", *TASKS, "--out", tmp_path / "house.json")
     assert [{f: p[f] for f in SOLVED} for p in result["parts"]] == [SOLVED] * 6
-    assert all(p["variations"] == 16 and p["episodes"] == 64 for p in result["parts"])
+    assert all(p["variations"] == 20 and p["episodes"] == 80 for p in result["parts"])
 
 
 def test_a_player_that_knows_the_solutions_gets_100_in_scienceworld(checkpoint, tmp_path, monkeypatch, capsys):
