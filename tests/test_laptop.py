@@ -12,7 +12,7 @@ from standin import house
 
 LAPTOP = sweep.EXPERIMENTS["laptop"]
 REDUCED = [*LAPTOP[LAPTOP.index("--") + 1:], "--tasks", "fan", "--tasks-per-iteration", "2",
-           "--iterations", "20", "--eval-every", "4"]
+           "--iterations", "24", "--eval-every", "8", "--eval-temperature", "1"]
 
 
 def test_the_player_knows_how_to_play_and_no_task():
@@ -24,10 +24,10 @@ def test_the_player_knows_how_to_play_and_no_task():
 
 
 def test_empo2_beats_grpo_and_the_off_policy_update_is_why(tmp_path):
+    """Sampled success without tips, since greedy success is all or nothing for a task; by luck it would be 0.0002."""
     success = {}
     for preset in ("grpo", "no-offpolicy", "empo2"):
         assert train.main([*REDUCED, "--preset", preset, "--run-dir", str(tmp_path / preset)]) == 0
         evals = [json.loads(line) for line in open(tmp_path / preset / "evals.jsonl")]
-        success[preset] = np.mean([e["success"] for e in evals[-3:]])
-    assert success["empo2"] >= 0.5 and success["grpo"] <= 0.1
-    assert success["empo2"] - success["no-offpolicy"] >= 0.2
+        success[preset] = np.mean([e["success"] for e in evals[-2:]])
+    assert success["grpo"] <= 0.02 and success["no-offpolicy"] <= 0.02 and success["empo2"] >= 0.1, success
