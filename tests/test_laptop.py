@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 
+import empo2
 import sweep
 import train
 from standin import house
@@ -27,7 +28,8 @@ def test_empo2_beats_grpo_and_the_off_policy_update_is_why(tmp_path):
     """Sampled success without tips, since greedy success is all or nothing for a task; by luck it would be 0.0002."""
     success = {}
     for preset in ("grpo", "no-offpolicy", "empo2"):
-        assert train.main([*REDUCED, "--preset", preset, "--run-dir", str(tmp_path / preset)]) == 0
+        own = [f"--{name}={value}" for name, value in empo2.PRESETS[preset].items()]  # last, so that they count
+        assert train.main([*REDUCED, "--preset", preset, "--run-dir", str(tmp_path / preset), *own]) == 0
         evals = [json.loads(line) for line in open(tmp_path / preset / "evals.jsonl")]
         success[preset] = np.mean([e["success"] for e in evals[-2:]])
     assert success["grpo"] <= 0.02 and success["no-offpolicy"] <= 0.02 and success["empo2"] >= 0.1, success
