@@ -333,7 +333,9 @@ def parse(argv):
     given = names(argv)
     preset = {name: value for name, value in empo2.PRESETS[s.preset].items() if name not in given}
     s, reasons = hardware_defaults(dataclasses.replace(s, **preset))
-    notes = [f"preset {s.preset}:", *(f"  {name} = {value}" for name, value in preset.items())] if preset else []
+    notes = [f"preset {s.preset}:"] * bool(empo2.PRESETS[s.preset]) + [
+        f"  {name} = {value}" if name in preset else f"  {name} is not {value}: it was given as {getattr(s, name)}"
+        for name, value in empo2.PRESETS[s.preset].items()]
     notes += ["decided by the hardware:", *reasons] if reasons else []
     run_dir = Path(s.run_dir)
     if not s.resume:
