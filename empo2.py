@@ -107,7 +107,7 @@ class Settings:
     run_dir: Optional[str] = setting(None, "where results go [runs/ENV-TASK-SEED]; must not exist, or --resume")
     resume: bool = setting(False, "continue the run in run_dir from its last checkpoint")
     save_every: int = setting(1, "iterations between checkpoints")
-    keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep")
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep; the best evaluated one is kept, too")
     report_to: Optional[str] = setting(None, "tensorboard or wandb (which you install): metrics go there, too")
     seed: int = setting(0, "seed of everything that is drawn")
 
@@ -161,7 +161,7 @@ class Turn:
     tips: list[int]  # a user message with the retrieved tips; empty = mode (1), without memory
     action: list[int]  # as sampled, ending in a control token unless cut at the limit
     logps: list[float]  # behaviour log-prob of each action token under the prompt it was sampled with
-    texts: dict  # observation, tips (a list), action as sent, next (the observation it led to)
+    texts: dict  # observation, tips (a list), tips_left_out, action as sent, cut (at the limit?), next (observation)
     reward: float = 0.0  # r_t: difference of scores, so rewards add up to the final score (-100...100)
     novelty: float = 0.0  # r_int,t = 1/n of the state this action led to, in (0, 1]
     offpolicy: bool = False  # update mode of a memory turn: True = (b) without tips, False = (a) with tips
@@ -179,6 +179,7 @@ class Episode:
     score: float = 0.0  # final score, -100...100
     ended: str = ""  # "completed", "step limit" or "context full"
     tip: str = ""  # the policy's own summary of the episode
+    tip_cut: bool = False  # it was longer than may be
     advantage: float = 0.0  # as it was learnt from; set by `update`
     row: int = 0  # number of its dialogue in the policy's key-value cache
 
@@ -287,9 +288,11 @@ def open_turn(policy, p, tips, s):
             raise ValueError(f"--context {s.context} has no room for even one turn of {p.episode.task} "
                              f"({-room} tokens short); raise it")
         p.episode.ended = "context full"
+    retrieved = len(tips)
     while tips and len(tips_message(policy, tips)) > room:
         tips = tips[:-1]  # the lowest-ranked give way
-    turn.tips, turn.texts["tips"] = tips_message(policy, tips), tips
+    turn.tips = tips_message(policy, tips)
+    turn.texts |= {"tips": tips, "tips_left_out": retrieved - len(tips)}
 
 
 def act(policy, p, env_fault):
@@ -299,7 +302,7 @@ def act(policy, p, env_fault):
         p.observation, turn.reward, terminated, truncated, info = p.env.step(policy.decode(turn.action))
     except env_fault:
         return False
-    turn.texts |= {"action": info["action"], "next": p.observation}
+    turn.texts |= {"action": info["action"], "cut": turn.action[-1] not in policy.stop_ids, "next": p.observation}
     p.episode.score = info["score"]
     p.episode.ended = "completed" if terminated else "step limit" if truncated else ""
     return True
@@ -338,7 +341,8 @@ def write_tips(policy, episodes, memory, embed, s, progress=lambda phase, text: 
     tips, _ = sample(policy, requests, s.tip_tokens, episodes)
     keys = embed([memory_text(e, e.turns[-1].texts["next"], s.memory_key) for e in episodes])
     for e, ids, key in zip(episodes, tips, keys):
-        e.tip = " ".join(policy.decode(ids).split()[:99])
+        words = policy.decode(ids).split()
+        e.tip, e.tip_cut = " ".join(words[:99]), len(words) > 99 or ids[-1] not in policy.stop_ids
         if e.tip:
             memory.add(key, e.tip, e.score, memory_slot(e, s.memory_scope))
 
@@ -501,10 +505,40 @@ def score(policy, rows, reference=False):
     return *policy.logprobs(stack(rows, "ids", device=policy.device), mask, position, visible, reference), mask
 
 
+class NotFinite(FloatingPointError):
+    """A loss or gradient that is not finite; `rows` and `episodes` are those of its micro-batch."""
+
+    def __init__(self, metrics, rows, episodes):
+        super().__init__(f"the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}; start another run "
+                         "with a lower --learning_rate or with the low-probability mask (--min_prob 0.0067)")
+        self.rows, self.episodes = rows, episodes
+
+
+def accumulate_gradient(policy, rows, s, denominator=None):
+    """Add the gradient of a micro-batch to the adapter's. Returns metrics: those of `hybrid_loss`, loss, entropy, the
+    norm of what has been accumulated, and the largest difference between old and current log-probs ("gap")."""
+    logp, entropy, mask = score(policy, rows)
+    old_logp = torch.where(stack(rows, "recompute", False, policy.device), logp.detach(),
+                           stack(rows, "old_logp", device=policy.device))
+    ref_logp = None
+    if s.beta:
+        with torch.no_grad():
+            ref_logp = score(policy, rows, reference=True)[0]
+    denominator = denominator or int(mask.sum())
+    loss, metrics = hybrid_loss(
+        logp, old_logp, torch.tensor([[r.advantage] for r in rows], device=policy.device), mask,
+        clip_low=s.clip_low, clip_high=s.clip_high, clip_c=s.clip_c, min_prob=s.min_prob, ref_logp=ref_logp,
+        beta=s.beta, denominator=denominator)
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.trainable() if p.grad is not None])
+    return metrics | {"loss": loss.item(), "entropy": (entropy.sum() / denominator).item(), "grad_norm": norm.item(),
+                      "gap": torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item()}
+
+
 def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: None):
     """One pass over the episodes, `minibatch_episodes` per optimiser step. Returns metrics (means over tokens).
 
-    Raises FloatingPointError, before that step's weights are touched, if a gradient is not finite.
+    Raises NotFinite, before that step's weights are touched.
     """
     progress("update", "rows")
     policy.forget()  # the rollout's keys and values: their memory is needed, and the weights are about to change
@@ -528,33 +562,21 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: Non
             for row, values in zip(batch, score(policy, batch)[0].tolist()):
                 row.old_logp = [new if replace else old
                                 for new, old, replace in zip(values, row.old_logp, row.recompute)]
+                row.recompute = [False] * len(row.ids)
     policy.model.train()
     totals, norms, gap = Counter(), [], None
     for number, (step, n) in enumerate(steps):
         progress("update", f"step {number + 1} of {len(steps)}")
         optimizer.zero_grad()
         for batch in micro_batches(step, s.micro_tokens):
-            logp, entropy, mask = score(policy, batch)
-            old_logp = stack(batch, "old_logp", device=policy.device)
-            if number == 0:
-                old_logp = torch.where(stack(batch, "recompute", False, policy.device), logp.detach(), old_logp)
-                if s.denominator == "no-tips":  # nothing has moved yet: sampler's against trainer's arithmetic
-                    gap = max(gap or 0.0, torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item())
-            ref_logp = None
-            if s.beta:
-                with torch.no_grad():
-                    ref_logp = score(policy, batch, reference=True)[0]
-            loss, metrics = hybrid_loss(
-                logp, old_logp, torch.tensor([[r.advantage] for r in batch], device=policy.device), mask,
-                clip_low=s.clip_low, clip_high=s.clip_high, clip_c=s.clip_c, min_prob=s.min_prob, ref_logp=ref_logp,
-                beta=s.beta, denominator=n)
-            loss.backward()
-            metrics |= {"loss": loss.item(), "entropy": (entropy.sum() / n).item()}
+            metrics = accumulate_gradient(policy, batch, s, n)
+            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+                raise NotFinite(metrics, batch, [e for e, row in zip(episodes, rows) if row in batch])
+            norm, difference = metrics.pop("grad_norm"), metrics.pop("gap")
+            if number == 0 and s.denominator == "no-tips":  # nothing has moved: sampler's against trainer's arithmetic
+                gap = max(gap or 0.0, difference)
             totals.update({name: value * n for name, value in metrics.items()})
-        norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}; start another run with a lower "
-                                     "--learning_rate or with the low-probability mask (--min_prob 0.0067)")
+        torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm)
         optimizer.step()
         norms.append(norm)
     learnt = max(sum(sum(r.mask) for step, _ in steps for r in step), 1)
@@ -591,11 +613,14 @@ def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, prog
     generator, which it seeds; temperature and cache of the policy are put back.
     """
     jobs = [(task, v, group) for group, (task, v) in enumerate(pool) for _ in range(episodes)]
-    torch.manual_seed(seed)
     training_temperature, policy.temperature = policy.temperature, temperature
-    waves = rollout(policy, envs, jobs, memory, None, embed, replace(s, memory_prob=float(memory is not None)),
-                    np.random.default_rng(seed), env_fault, progress)
-    played = [episode for wave in waves for episode in wave]
+    for _ in range(5):  # once, unless the simulators lose every single episode
+        torch.manual_seed(seed)
+        waves = rollout(policy, envs, jobs, memory, None, embed, replace(s, memory_prob=float(memory is not None)),
+                        np.random.default_rng(seed), env_fault, progress)
+        played = [episode for wave in waves for episode in wave]
+        if played:
+            break
     policy.temperature = training_temperature
     policy.forget()
     table = {}
@@ -604,5 +629,5 @@ def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, prog
         if mine:
             table[task] = figures(mine) | {"episodes": len(mine), "variations": sum(t == task for t, _ in pool)}
     if not table:
-        raise RuntimeError("all episodes of the evaluation were lost to simulator faults")
+        raise RuntimeError("all episodes of the evaluation were lost to simulator faults five times in a row")
     return table, played, len(jobs) - len(played)

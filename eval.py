@@ -14,10 +14,10 @@ ood   each task ten times (§6.1): trial 0 without memory, trials 1-9 with tips 
 Both with the step limits of the run, or else of envs.py (the paper's). The same command continues what was stopped:
 a finished task (id) or trial (ood) is written at once and not repeated, and each has its own seed.
 
-Prints a table, beside the paper's numbers, and writes it with all episodes' scores and tips as JSON. Five figures come
-from the same episodes, because the literature reports different ones: the raw mean (the paper's), the mean with
-negative scores as 0, the mean of the best score reached during the episode, the share of episodes at 100, and the
-share that ended at -100.
+Prints a table, beside the paper's numbers, draws a picture, and writes all episodes' scores and tips as JSON. Five
+figures come from the same episodes, because the literature reports different ones: the raw mean (the paper's), the
+mean with negative scores as 0, the mean of the best score reached during the episode, the share of episodes at 100,
+and the share that ended at -100.
 """
 import argparse
 import dataclasses
@@ -53,7 +53,7 @@ def run_parts(args, s, adapter, parts, save):
         if not asked <= tips.slots.keys():  # what is called "with memory" shall have one
             raise ValueError(f"--memory: the run has tips in {len(asked & tips.slots.keys())} of these {len(asked)} "
                              f"memories (one per {s.memory_scope}); take what it was trained on, --split train "
-                             f"--variations {s.variations}, or train with --memory-scope task")
+                             f"--variations {s.variations}, train longer, or with --memory-scope task")
     done = {(part["task"], part["trial"]): part for part in parts}
     with tqdm(desc="evaluating", bar_format="{desc} {elapsed}") as bar:
         for task in s.tasks:
@@ -94,15 +94,15 @@ def play(policy, simulators, pool, trial, tips, embed, args, s, progress):
 
 
 def show(protocol, parts, picture):
-    """Print the protocol and the table; ood has a row for every trial and a picture."""
+    """Print the protocol and the table, and draw the picture; ood has a row for every trial."""
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
     columns = ("episodes", "turns", "memory_turns", *empo2.FIGURES)
     ood = protocol["protocol"] == "ood"
     print(*report.table(columns, {
         f"{part['task']}, trial {part['trial']}" if ood else part["task"]: [part[c] for c in columns]
         for part in parts}), sep="\n")
+    (report.draw_trials if ood else report.draw_scores)(picture, parts)
     if ood:
-        report.draw_trials(picture, parts)
         for task in sorted(report.PAPER_OOD.keys() & set(protocol["tasks"])):
             trained_on, ours, grpo = report.PAPER_OOD[task]
             print(f"the paper's best trial of {task}, trained on {trained_on}: EMPO² {ours}, GRPO {grpo}")
@@ -141,8 +141,9 @@ def main(argv=None):
             folder = path if (path / "settings.json").exists() else path.parent
             if not (folder / "settings.json").exists() or not train.checkpoints(folder):
                 raise ValueError(f"{path}: no run with a checkpoint here")
-            s = empo2.Settings(**json.loads((folder / "settings.json").read_text()))
+            s = train.read_settings(folder)
             adapter = path if path != folder else folder / f"checkpoint-{train.checkpoints(folder)[-1]}"
+            train.verify(adapter, s)
             name = adapter.name.split("-")[-1]
         given = {"model": args.model, "env": args.env, "tasks": args.tasks}
         s = dataclasses.replace(s, seed=args.seed, **{k: v for k, v in given.items() if v})

@@ -9,6 +9,7 @@ A segment begins and ends at a control token, so no token can straddle two segme
 is built by leaving the tips segment out: nothing is ever searched for or stripped. `check_chat_format` compares
 this with the tokenizer's own chat template when the model is loaded.
 """
+import hashlib
 import logging
 import warnings
 from contextlib import nullcontext
@@ -60,7 +61,7 @@ class Policy:
             load_in_4bit = cuda and card_memory() < 30
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-        except UNREADABLE as error:
+        except Exception as error:  # what tokenizers raises for a damaged file has no class of its own
             raise ValueError(f"{name}: no tokenizer could be loaded; give a hub id or a folder that holds "
                              f"tokenizer.json and a model ({first_line(error)})") from error
         quantization = None
@@ -196,6 +197,11 @@ class Policy:
         """The adapter's parameters (fp32)."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def fingerprint(self):
+        """Checksum of the tokenizer: with another one the same text is other ids."""
+        text = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template) + str(self.stop_ids)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def save(self, folder):
         """Write the adapter so that `PeftModel.from_pretrained(base, folder)` loads it."""
         self.model.save_pretrained(folder)
@@ -311,8 +317,9 @@ def check_chat_format(policy):
         theirs = policy.tokenizer.apply_chat_template(
             [{"role": r, "content": t} for r, t in turns + [("user", "x")]], add_generation_prompt=True,
             tokenize=True, return_dict=False)
-    except ValueError as error:
-        raise ValueError(f"{name}: the tokenizer has no chat template; use an instruction-tuned Qwen2/2.5") from error
+    except Exception as error:  # a damaged template raises whatever its code leads to
+        raise ValueError(f"{name}: the tokenizer has no chat template that works ({first_line(error)}); "
+                         "use an instruction-tuned Qwen2/2.5") from error
     if ours + policy.message("user", "x") + policy.header != theirs:
         raise ValueError(f"{name}: its chat template is not the prefix-stable ChatML of Qwen2/2.5 Instruct "
                          "(system, user, assistant between <|im_start|> and <|im_end|>); choose such a model")

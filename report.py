@@ -8,6 +8,7 @@ import itertools
 import json
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 # Table 1 (§5): scores (-100...100), tip-free, in its order.
@@ -36,6 +37,7 @@ PAPER = {
 PAPER_OOD = {"lifespan-shortest-lived": ("identify-life-stages-2", 32.3, -6.2),
              "test-conductivity": ("lifespan-longest-lived", 88.1, 22.5),
              "chemistry-mix-paint-secondary-color": ("power-component", 18.9, -21.4)}
+COLOURS = colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2]  # as many as there are presets
 
 
 def table(columns, rows):
@@ -69,6 +71,20 @@ def draw_trials(path, parts):
         axes.plot([part["trial"] for part in mine], [part["mean"] for part in mine], marker=".", label=task)
     axes.set(xlabel="trial (0 = without memory)", ylabel="mean score")
     axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_scores(path, parts):
+    """The score of each task, beside the paper's GRPO and EMPO²."""
+    tasks = [part["task"] for part in parts]
+    known = [task for task in tasks if task in PAPER]
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(tasks, [part["mean"] for part in parts], color="lightgrey", label="here")
+    for column, mark in ((3, "x"), (4, "o")) if known else ():
+        axes.plot([PAPER[task][column] for task in known], known, mark, label=f"paper: {PAPER_COLUMNS[column]}")
+    axes.set(xlabel="mean score", xlim=(-105, 105), ylim=(len(tasks) - 0.5, -0.5))
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -136,8 +152,10 @@ def report(out, sweep):
                    "episodes per run", "of them solved"]
         lines += [f"## {task}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for preset, row in rows.items():
-            shown = ["missing" if c["success"] is None else f"{c['success']:.3f}" if c["state"] == "finished" else
-                     f"{c['success']:.3f} ({c['state']})" for c in row.values()]
+            shown = [c["state"] if c["state"] == "missing" else "no evaluation" if c["success"] is None else
+                     f"{c['success']:.3f}" for c in row.values()]
+            shown = [text + f" ({c['state']})" * (c["state"] not in ("missing", "finished"))
+                     for text, c in zip(shown, row.values())]
             there = [c for c in row.values() if c["state"] == "finished"]
             success, score, minutes, episodes, solved = (
                 [c[name] for c in there] for name in ("success", "score", "minutes", "episodes", "solved"))
@@ -155,6 +173,9 @@ def report(out, sweep):
                   f"{s['eval_variations']} test variations x {s['eval_episodes']} episodes, temperature "
                   f"{s['eval_temperature']}, step limits: {limits}, seeds: {', '.join(map(str, seeds))}.", "",
                   *table(presets, scores), ""]
+    if "reflexion" in presets:
+        lines += ["Reflexion is tips and no learning: with them it scores `score_with_memory` (in its metrics.jsonl), and "
+                  "trial by trial `python eval.py --protocol ood`; here it is evaluated without.", ""]
     lines += [f"- {name} failed with {why}" for name, why in sweep["failed"].items()]
     lines += ["", "Run with " + "; ".join(", ".join(f"`{value}`" if key == "command" else f"{key} {value}"
                                                     for key, value in run.items()) for run in sweep["runs"]) + ".", "",
@@ -167,20 +188,22 @@ def draw(path, results, what):
     """A panel per task: the mean over seeds of each preset, shaded from the lowest to the highest seed."""
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    most = max(map(len, results.values()))
+    figure = Figure(figsize=(5 * columns + 2, max(3.6 * rows, 0.25 * most)), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel, (task, table) in itertools.zip_longest(panels, results.items(), fillvalue=("", {})):
-        for preset, row in table.items():
+        panel.set_prop_cycle(color=COLOURS)
+        for style, (preset, row) in zip(itertools.cycle(("-", "--", ":", "-.")), table.items()):  # a hidden line shows
             curves = [{p["iteration"]: p for p in cell["curve"]} for cell in row.values()]
             points = [[c[i] for c in curves if i in c] for i in sorted(set().union(*curves))]  # of each evaluation
             x = [np.mean([p["episodes"] for p in seeds]) for seeds in points]
             y = [[p[what] for p in seeds] for seeds in points]
             finished = sum(cell["state"] == "finished" for cell in row.values())
             label = preset if finished == len(row) else f"{preset} ({finished} of {len(row)} seeds finished)"
-            line, = panel.plot(x, [np.mean(v) for v in y], marker=".", label=label)
+            line, = panel.plot(x, [np.mean(v) for v in y], marker=".", linestyle=style, label=label)
             panel.fill_between(x, [min(v) for v in y], [max(v) for v in y], alpha=0.2, color=line.get_color())
         panel.set(title=task, xlabel="training episodes", ylabel=f"tip-free {what}", visible=bool(table))
         if what == "success":
             panel.set_ylim(-0.03, 1.03)
-    figure.axes[0].legend(fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)

@@ -45,7 +45,8 @@ EXPERIMENTS = {
                "partial_credit=false", "--variations", "32", "--tasks-per-iteration", "4", "--iterations", "60",
                "--memory-prob", "0.5", "--mode-level", "episode", "--memory-key", "task", "--memory-scope", "task",
                "--tips", "4", "--min-prob", "0.001", "--beta", "0.1", "--advantage-eps", "10", "--learning-rate", "1e-3",
-               "--minibatch-episodes", "8", "--micro-tokens", "4096", "--lora-r", "32", "--lora-alpha", "64",
+               "--max-grad-norm", "0.1", "--minibatch-episodes", "8", "--micro-tokens", "4096",
+               "--lora-r", "32", "--lora-alpha", "64",
                "--action-tokens", "16", "--tip-tokens", "40", "--save-every", "10", "--eval-every", "6",
                "--eval-variations", "32", "--eval-episodes", "1", "--eval-temperature", "0"],
     # The same comparison with the stand-in on real ScienceWorld
@@ -194,6 +195,7 @@ def main(argv=None):
         old = json.loads(path.read_text()) if path.exists() else {}
         if args.report:
             report(args.out, old)
+            print(f"see {args.out}/summary.md and curves.png")
             return 0
         settings = settings_of(args, extra)
         if not any(args.out.glob("*/*/*/settings.json")):

@@ -3,10 +3,11 @@
 A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRESET-SEED):
   settings.json     every setting, with the defaults that the hardware decided
   metrics.jsonl     one line per iteration (README: metric glossary)
-  evals.jsonl       with --eval-every: one line per tip-free evaluation on the test variations
+  evals.jsonl       one line per tip-free evaluation on the test variations (--eval-every)
   episodes.jsonl    every episode, readable: observations, tips, actions, modes, rewards, the tip written
   checkpoint-N/     the state at the top of iteration N: the LoRA adapter (loads with peft), optimizer.pt,
-                    tips.npz, novelty.npz, state.json
+                    tips.npz, novelty.npz, state.json (with checksums); the newest ones, and the best evaluated one
+  nonfinite-N/      if iteration N met a loss or gradient that is not finite: what reproduces it (see `keep_evidence`)
 
   python train.py --env scienceworld --tasks find-plant find-animal --iterations 100
   python train.py --env scienceworld --preset grpo --eval-every 10                        # a baseline, with its curve
@@ -19,6 +20,7 @@ On --resume only --iterations may grow, and --rollout-batch, --micro-tokens, --l
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
 import resource
@@ -27,12 +29,14 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -62,20 +66,23 @@ def train(s, run_dir, start=None):
     optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, weight_decay=0.0)
     parts = Parts(policy, optimizer, tips, novelty)
     if start is not None:
-        load_checkpoint(run_dir, start, parts)
+        load_checkpoint(run_dir, start, parts, s)
     start = start or 0
     run_dir.mkdir(parents=True, exist_ok=True)  # not before everything is loaded: bad input leaves nothing behind
     (run_dir / "settings.tmp").write_text(json.dumps(dataclasses.asdict(s), indent=1))
     os.replace(run_dir / "settings.tmp", run_dir / "settings.json")
+    for log in LOGS if start == 0 else ():
+        (run_dir / log).touch()
     trackers.init_trackers("empo2", {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(s).items()})
     interrupted = finish_on_interrupt()
     shown = {}
     with tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True) as bar:
         for iteration in range(start, s.iterations + 1):
             stop = iteration == s.iterations or bool(interrupted)  # asked once: what stops has been saved
-            if iteration % s.save_every == 0 or stop:
+            evaluated = s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations)
+            if iteration % s.save_every == 0 or stop or evaluated:
                 save_checkpoint(run_dir, iteration, parts, s)
-            if s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations) and not interrupted:
+            if evaluated and not interrupted:
                 result = log_evaluation(policy, simulators, eval_pool, iteration, s, run_dir, bar)
                 trackers.log({f"eval_{name}": result[name] for name in ("score", "success")}, step=iteration)
                 shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
@@ -96,7 +103,11 @@ def train(s, run_dir, start=None):
                     if s.memory_prob:
                         empo2.write_tips(policy, played, tips, embed, s, clock)
                     episodes += played
-            learnt = empo2.update(policy, optimizer, episodes, s, rng, clock) if s.learning_rate else {}
+            try:
+                learnt = empo2.update(policy, optimizer, episodes, s, rng, clock) if s.learning_rate else {}
+            except empo2.NotFinite as error:
+                keep_evidence(run_dir, iteration, policy, s, error)
+                raise
             # -------------------
             metrics = {"iteration": iteration, **rollout_metrics(episodes, attempts * len(jobs), tips, novelty), **learnt,
                        **clock.split()}
@@ -202,6 +213,8 @@ def rollout_metrics(episodes, jobs, tips, novelty):
         "context_full": sum(e.ended == "context full" for e in episodes),
         "memory_turns": len(with_tips), "tips_per_memory_turn":
             float(np.mean([len(t.texts["tips"]) for t in with_tips])) if with_tips else 0.0,
+        "tips_left_out": sum(t.texts["tips_left_out"] for t in turns),
+        "actions_cut": sum(t.texts["cut"] for t in turns), "tips_cut": sum(e.tip_cut for e in episodes),
         "memory_size": len(tips), "distinct_states": len(novelty),
         "score_with_memory": mean_or_none([e.score for e in episodes if any(t.tips for t in e.turns)]),
         "score_without_memory": mean_or_none([e.score for e in episodes if not any(t.tips for t in e.turns)]),
@@ -217,7 +230,7 @@ def mean_or_none(values):
 def transcript(iteration, e, intrinsic_coef):
     return {"iteration": iteration, "task": e.task, "variation": e.variation, "group": e.group, "score": e.score,
             "advantage": round(e.advantage, 4), "return": round(empo2.intrinsic_return(e, intrinsic_coef), 4),
-            "ended": e.ended, "tip": e.tip, "task_text": e.task_text, "turns": [
+            "ended": e.ended, "tip": e.tip, "tip_cut": e.tip_cut, "task_text": e.task_text, "turns": [
                 {**turn.texts, "reward": turn.reward, "intrinsic": round(turn.novelty, 4), "tokens": len(turn.action),
                  "mode": "memory" if turn.tips else "plain",
                  "update": "off-policy" if turn.offpolicy else "on-policy"} for turn in e.turns]}
@@ -265,7 +278,8 @@ class Clock:
 
 
 def append(path, records):
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "r+", encoding="utf-8") as file:  # not "a": a file that was removed shall be missed
+        file.seek(0, os.SEEK_END)
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -276,21 +290,45 @@ RESUMABLE = ("rollout_batch", "micro_tokens", "load_in_4bit", "save_every", "kee
 
 
 def save_checkpoint(run_dir, iteration, parts, s):
-    """Write checkpoint-N whole or not at all, then drop the oldest ones."""
+    """Write checkpoint-N whole or not at all, then drop the oldest ones, but not the best evaluated one."""
     final, folder = run_dir / f"checkpoint-{iteration}", run_dir / f"checkpoint-{iteration}.tmp"
     if final.exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    parts.policy.save(folder)
-    torch.save(parts.optimizer.state_dict(), folder / "optimizer.pt")
-    parts.tips.save(folder / "tips.npz")
-    parts.novelty.save(folder / "novelty.npz")
-    sizes = {log: (run_dir / log).stat().st_size if (run_dir / log).exists() else 0 for log in LOGS}
-    (folder / "state.json").write_text(json.dumps({"iteration": iteration, "log_sizes": sizes}))
-    os.rename(folder, final)
-    for old in checkpoints(run_dir)[:-s.keep_checkpoints]:
+    try:
+        folder.mkdir()
+        parts.policy.save(folder)
+        torch.save(parts.optimizer.state_dict(), folder / "optimizer.pt")
+        parts.tips.save(folder / "tips.npz")
+        parts.novelty.save(folder / "novelty.npz")
+        logs = {log: ((run_dir / log).stat().st_size, sha256(run_dir / log)) for log in LOGS}
+        (folder / "state.json").write_text(json.dumps({
+            "iteration": iteration, "logs": logs, "files": {path.name: sha256(path) for path in folder.iterdir()},
+            "settings": dataclasses.asdict(s), "tokenizer": parts.policy.fingerprint()}))
+        os.rename(folder, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own words for a full disk
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(f"{final} could not be written; is the disk full? Those before it are intact "
+                      f"({first_line(error)})") from error
+    keep = {best_evaluated(run_dir), *checkpoints(run_dir)[-s.keep_checkpoints:]}
+    for old in set(checkpoints(run_dir)) - keep:
         shutil.rmtree(run_dir / f"checkpoint-{old}")
+
+
+def best_evaluated(run_dir):
+    """The iteration with the best tip-free score, the later one of equals; None without evaluations."""
+    evals = map(json.loads, (run_dir / "evals.jsonl").read_text(encoding="utf-8").splitlines())
+    return max(((e["score"], e["iteration"]) for e in evals), default=(0, None))[1]
+
+
+def sha256(path, size=None):
+    """Checksum of the first `size` bytes of a file (None: of all)."""
+    checksum, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with open(path, "rb") as file:
+        while left and (part := file.read(min(left, 2 ** 20))):
+            checksum.update(part)
+            left -= len(part)
+    return checksum.hexdigest()
 
 
 def checkpoints(run_dir):
@@ -298,21 +336,75 @@ def checkpoints(run_dir):
     return sorted(int(p.name.split("-")[1]) for p in run_dir.glob("checkpoint-*") if p.name.split("-")[1].isdigit())
 
 
-def load_checkpoint(run_dir, iteration, parts):
+def read_settings(run_dir):
+    """Settings of a run. ValueError if the file is missing, damaged or of another version."""
+    try:
+        saved = json.loads((run_dir / "settings.json").read_text(encoding="utf-8"))
+        other = saved.keys() ^ {f.name for f in dataclasses.fields(empo2.Settings)}
+        if other:
+            raise ValueError(f"of another version: {', '.join(sorted(other))}")
+        return empo2.Settings(**saved)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run_dir}/settings.json cannot be read ({error}); nothing to resume") from error
+
+
+def verify(folder, s):
+    """The state of a checkpoint. ValueError unless its files are what was saved, by a run with the settings s."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for name, checksum in state["files"].items():
+            if sha256(folder / name) != checksum:
+                raise ValueError(f"{name} is not what was saved")
+        if not {"adapter_model.safetensors", "optimizer.pt", "tips.npz", "novelty.npz"} <= state["files"].keys():
+            raise ValueError("state.json names too few files")
+        if folder.name != f"checkpoint-{state['iteration']}":
+            raise ValueError(f"it is of iteration {state['iteration']}")
+        free = {"resume", "run_dir", "iterations", *RESUMABLE}
+        for name, value in dataclasses.asdict(s).items():
+            if name not in free and state["settings"][name] != value:
+                raise ValueError(f"made with --{name} {state['settings'][name]}, settings.json says {value}")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: the checkpoint is damaged or of another run ({first_line(error)}); "
+                         "delete it to resume from the one before") from error
+
+
+def load_checkpoint(run_dir, iteration, parts, s):
     """Optimizer and memories of checkpoint-N, and the logs cut back to where they were then."""
     folder = run_dir / f"checkpoint-{iteration}"
+    state = verify(folder, s)
+    if state["tokenizer"] != parts.policy.fingerprint():
+        raise ValueError(f"{s.model}: its tokenizer is not the one that {folder} was made with")
+    for log, (size, checksum) in state["logs"].items():
+        if not (run_dir / log).exists() or sha256(run_dir / log, size) != checksum:
+            raise ValueError(f"{run_dir / log}: damaged, its beginning is not what it was at {folder.name}")
     parts.tips.load(folder / "tips.npz")
     parts.novelty.load(folder / "novelty.npz")
     try:
         parts.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        sizes = json.loads((folder / "state.json").read_text())["log_sizes"]
-        if any((run_dir / log).stat().st_size < size for log, size in sizes.items() if size):
-            raise ValueError("a log file is shorter than it was")
-        for log, size in sizes.items():
-            os.truncate(run_dir / log, size) if (run_dir / log).exists() else None
-    except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
-        raise ValueError(f"{folder}: the checkpoint is damaged ({first_line(error)}); "
-                         "delete it to resume from the one before") from error
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise ValueError(f"{folder / 'optimizer.pt'} cannot be read ({first_line(error)})") from error
+    for log, (size, _) in state["logs"].items():
+        os.truncate(run_dir / log, size)
+
+
+def keep_evidence(run_dir, iteration, policy, s, error):
+    """What reproduces a loss or gradient that is not finite: the adapter of that moment, the rows of that
+    micro-batch, and their episodes for `python view.py RUN/nonfinite-N`. To reproduce it:
+
+        s = train.read_settings(run_dir)
+        policy = train.load_policy(s, run_dir / "nonfinite-N")
+        rows = [empo2.Row(**row) for row in json.loads((run_dir / "nonfinite-N/rows.json").read_text())]
+        empo2.accumulate_gradient(policy, rows, s)  # its loss or grad_norm is not finite
+    """
+    folder = run_dir / f"nonfinite-{iteration}"
+    error.args = (f"iteration {iteration}: {error}; its episodes are in {folder}",)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    policy.save(folder)
+    (folder / "rows.json").write_text(json.dumps([dataclasses.asdict(row) for row in error.rows]))
+    (folder / "episodes.jsonl").touch()
+    append(folder / "episodes.jsonl", [transcript(iteration, e, s.intrinsic_coef) for e in error.episodes])
 
 
 # --- Command line -----------------------------------------------------------------------------------------------
@@ -334,27 +426,30 @@ def parse(argv):
     preset = {name: value for name, value in empo2.PRESETS[s.preset].items() if name not in given}
     s, reasons = hardware_defaults(dataclasses.replace(s, **preset))
     notes = [f"preset {s.preset}:"] * bool(empo2.PRESETS[s.preset]) + [
-        f"  {name} = {value}" if name in preset else f"  {name} is not {value}: it was given as {getattr(s, name)}"
+        f"  {name} = {value}" if getattr(s, name) == value else f"  {name} is not {value}: it was given as {getattr(s, name)}"
         for name, value in empo2.PRESETS[s.preset].items()]
     notes += ["decided by the hardware:", *reasons] if reasons else []
     run_dir = Path(s.run_dir)
     if not s.resume:
-        if run_dir.exists():
+        if run_dir.exists() and {path.name for path in run_dir.iterdir()} - {"settings.tmp", "error.log"}:
             raise ValueError(f"{run_dir} exists; --resume continues it, --run_dir NAME starts another run")
         return s, run_dir, None, notes
-    try:
-        saved = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{run_dir}/settings.json cannot be read ({error}); nothing to resume") from error
+    saved = read_settings(run_dir)
     free = {name: getattr(s, name) for name in given & {"iterations", *RESUMABLE}}
     changed = sorted(n for n in given - {"resume", "run_dir", *free} if getattr(s, n, None) != getattr(saved, n, None))
     if changed:
         raise ValueError(f"--resume continues with the run's own settings; {', '.join(changed)} cannot change")
-    start = (checkpoints(run_dir) or [None])[-1]
-    s = dataclasses.replace(saved, resume=True, **free)
+    start, notes = (checkpoints(run_dir) or [None])[-1], []
+    s = dataclasses.replace(saved, resume=True, run_dir=str(run_dir), **free)
+    if start is not None:
+        before = verify(run_dir / f"checkpoint-{start}", saved)["settings"]
+        notes = [f"since checkpoint-{start}: {name} = {getattr(s, name)}, it was {before[name]}"
+                 for name in ("iterations", *RESUMABLE) if getattr(s, name) != before[name]]
+    elif any((run_dir / log).exists() and (run_dir / log).stat().st_size for log in LOGS):
+        raise ValueError(f"{run_dir} has no checkpoint; nothing to resume")
     if s.iterations < (start or 0):
         raise ValueError(f"{run_dir} has {start} iterations already; --iterations can only make it longer")
-    return s, run_dir, start, []
+    return s, run_dir, start, notes
 
 
 def finish_on_interrupt():
@@ -389,8 +484,9 @@ def main(argv=None):
         return 1
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        if run_dir and run_dir.exists():  # for what nobody foresaw
-            (run_dir / "error.log").write_text(traceback.format_exc())
+        with suppress(OSError):  # for what nobody foresaw; the disk may be full
+            if run_dir and run_dir.exists():
+                (run_dir / "error.log").write_text(traceback.format_exc())
         return 2
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -53,10 +53,11 @@ def blocks(e):
                                   f"{number(turn.get('intrinsic'), '.3f')} · {number(turn.get('tokens'), 'g')} tokens")
         yield "text", "observation", turn.get("observation")
         if turn.get("tips"):
-            yield "tips", f"{len(turn['tips'])} tip" + "s" * (len(turn["tips"]) > 1), turn["tips"]
-        yield "action", "action", turn.get("action")
+            left_out = ", others left out" * bool(turn.get("tips_left_out"))
+            yield "tips", f"{len(turn['tips'])} tip" + "s" * (len(turn["tips"]) > 1) + left_out, turn["tips"]
+        yield "action", "action" + ", cut" * bool(turn.get("cut")), turn.get("action")
     yield "text", "led to", e["turns"][-1].get("next") if e["turns"] else None
-    yield "text", "tip written", e.get("tip")
+    yield "text", "tip written" + ", cut" * bool(e.get("tip_cut")), e.get("tip")
 
 
 def index(path):

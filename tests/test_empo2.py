@@ -179,7 +179,7 @@ def test_update_modes_are_drawn_at_their_level(level, distinct_in_episode):
 # --- Rolling out with toy classes -------------------------------------------------------------------------------
 class ToyPolicy:
     """Every id is a character; an action is always "go"; remembers what it was shown."""
-    header = [ord("A")]
+    header, stop_ids = [ord("A")], [ord("o")]
 
     def __init__(self):
         self.shown = []

@@ -46,6 +46,7 @@ def test_evaluation_of_a_run_and_of_a_base_model(run, checkpoint, tmp_path, caps
     assert protocol["step_limits"] == {"radio": 3, "fan": 3} and protocol["memory"] == "off"
     printed = capsys.readouterr().out
     assert all(name in printed for name in empo2.FIGURES) and "paper" not in printed and "seed 0" in printed
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     base = evaluate("--model", checkpoint, "--env", "house", "--tasks", "fan", "--variations", 1, "--out",
                     tmp_path / "base.json")
     assert base["protocol"]["adapter"] == "None" and base["protocol"]["step_limits"] == {"fan": 12}

@@ -115,10 +115,11 @@ def test_more_seeds_other_settings_and_nonsense(swept, checkpoint, capsys):
     assert "no sweep here" in refused("--out", str(out / "none"), "--report")
 
 
-def test_a_missing_cell_is_shown_as_missing(swept, tmp_path):
+def test_a_missing_cell_is_shown_as_missing(swept, tmp_path, capsys):
     shutil.copytree(swept[0], tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "radio" / "grpo" / "1")
     assert sweep.main(["--out", str(tmp_path / "copy"), "--report"]) == 0
+    assert f"{tmp_path / 'copy'}/summary.md" in capsys.readouterr().out
     summary = (tmp_path / "copy" / "summary.md").read_text()
     row = next(line for line in summary.splitlines() if line.startswith("| grpo"))
     assert row.split("|")[3].strip() == "missing" and row.count("missing") == 1 and "(1 of 2 seeds)" in row
@@ -141,7 +142,7 @@ def test_ctrl_c_lets_the_runs_save(checkpoint, tmp_path):
                         iterations=10000) + ["--save-every", "1000"]
     process = subprocess.Popen([sys.executable, str(ROOT / "sweep.py"), *command], stderr=subprocess.DEVNULL)
     run_dir = out / "together" / "empo2" / "0"
-    wait_for((run_dir / "metrics.jsonl").exists, process)
+    wait_for(lambda: report.records(run_dir / "metrics.jsonl"), process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130 and gone(out)
     done = len(report.records(run_dir / "metrics.jsonl"))
