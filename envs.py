@@ -165,7 +165,8 @@ class Jvm:
         self.gateway = JavaGateway(
             gateway_parameters=GatewayParameters(port=port, read_timeout=self.TIMEOUT))
         atexit.register(self.kill)
-        # A lost JVM is reported by EnvFault; py4j would print a stack trace through the root logger too.
+        # A lost JVM is reported by EnvFault; py4j would log a stack trace too, some of it through the root logger.
+        logging.getLogger("py4j").setLevel(logging.CRITICAL)
         logging.getLogger().addFilter(_no_py4j_traces)
 
     @classmethod
@@ -183,6 +184,8 @@ class Jvm:
             Jvm.shared = None
         self.process.kill()
         self.process.wait()
+        # Python's garbage collector, which may run anywhere, must not call Java any more: the port may be another's.
+        self.gateway._gateway_client.is_connected = False
         self.gateway.close()
         atexit.unregister(self.kill)
 

@@ -3,9 +3,11 @@
 python -m pytest tests/test_envs.py          (one to three minutes; -k house needs no Java and is instant)
 """
 import doctest
+import gc
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -441,7 +443,7 @@ def test_scienceworld_hung_jvm_is_a_fault(monkeypatch, capfd):
     """Silence beyond the time limit: EnvFault without a stack trace on the terminal, and the JVM is replaced."""
     if Jvm.shared:
         Jvm.shared.kill()
-    monkeypatch.setattr(Jvm, "TIMEOUT", 5.0)
+    monkeypatch.setattr(Jvm, "TIMEOUT", 10.0)
     env = make("scienceworld")
     env.reset("power-component", 0)
     process = Jvm.shared.process
@@ -451,6 +453,21 @@ def test_scienceworld_hung_jvm_is_a_fault(monkeypatch, capfd):
     assert process.poll() is not None and capfd.readouterr().err == ""
     assert env.reset("power-component", 0)[0]
     Jvm.shared.kill()  # the next test gets the usual time limit
+
+
+def test_scienceworld_objects_of_a_lost_jvm_are_forgotten_silently(caplog):
+    """Their finalizers run at any moment; they must neither connect to what now has the JVM's port nor log."""
+    env = make("scienceworld")
+    env.reset("boil", 0)
+    jvm, simulator = Jvm.shared, env._simulator
+    jvm.kill()
+    with socket.create_server(("127.0.0.1", jvm.gateway.gateway_parameters.port)) as other:
+        del simulator, env
+        gc.collect()
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            other.accept()
+    assert not caplog.records
 
 
 def test_scienceworld_exception_inside_the_simulator_costs_one_episode_only():

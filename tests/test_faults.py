@@ -279,7 +279,7 @@ def test_training_goes_on_through_every_fault_of_the_simulator(tmp_path, monkeyp
         return step(self, action)
     if envs.Jvm.shared:
         envs.Jvm.shared.kill()
-    monkeypatch.setattr(envs.Jvm, "TIMEOUT", 8.0)
+    monkeypatch.setattr(envs.Jvm, "TIMEOUT", 15.0)
     monkeypatch.setattr(envs.Simulator, "step", faulty)
     run_dir = tmp_path / "run"
     assert train.main([*SCIENCEWORLD, "--model", "standin", "--run-dir", str(run_dir), "--iterations", "4",
