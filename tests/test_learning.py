@@ -76,10 +76,10 @@ def random_player(tmp_path_factory):
 
 
 def success(run_dir, player, adapter=None):
-    """Tip-free success on unseen variations, at temperature 1."""
+    """Tip-free success on unseen variations, 64 episodes at the temperature of the paper's evaluations."""
     s = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
     simulators, pool = train.make_envs(dataclasses.replace(s, variations=4, group_size=16), "test")
-    table, _, _ = empo2.evaluate(Policy.load(player, adapter=adapter), simulators, pool, 16, 1.0, s, s.seed,
+    table, _, _ = empo2.evaluate(Policy.load(player, adapter=adapter), simulators, pool, 16, s.eval_temperature, s, s.seed,
                                  envs.EnvFault)
     return table["radio"]["share_100"]
 
