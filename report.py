@@ -201,7 +201,8 @@ def draw(path, results, what):
             finished = sum(cell["state"] == "finished" for cell in row.values())
             label = preset if finished == len(row) else f"{preset} ({finished} of {len(row)} seeds finished)"
             line, = panel.plot(x, [np.mean(v) for v in y], marker=".", linestyle=style, label=label)
-            panel.fill_between(x, [min(v) for v in y], [max(v) for v in y], alpha=0.2, color=line.get_color())
+            panel.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=line.get_color(),
+                               alpha=0.2 if len(table) < 5 else 0.05)
         panel.set(title=task, xlabel="training episodes", ylabel=f"tip-free {what}", visible=bool(table))
         if what == "success":
             panel.set_ylim(-0.03, 1.03)
