@@ -15,7 +15,7 @@ import time
 import pytest
 
 import envs
-from envs import EnvFault, House, Jvm, ScienceWorld, make
+from envs import EnvFault, House, Jvm, make
 
 ROOT = pathlib.Path(envs.__file__).parent
 PAPER_TASKS = (

@@ -79,8 +79,8 @@ def success(run_dir, player, adapter=None):
     """Tip-free success on unseen variations, 64 episodes at the temperature of the paper's evaluations."""
     s = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
     simulators, pool = train.make_envs(dataclasses.replace(s, variations=4, group_size=16), "test")
-    table, _, _ = empo2.evaluate(Policy.load(player, adapter=adapter), simulators, pool, 16, s.eval_temperature, s, s.seed,
-                                 envs.EnvFault)
+    table, _, _ = empo2.evaluate(Policy.load(player, adapter=adapter), simulators, pool, 16, s.eval_temperature, s,
+                                 s.seed, envs.EnvFault)
     return table["radio"]["share_100"]
 
 
@@ -95,7 +95,7 @@ def run(player, run_dir, iterations):
 
 def test_it_learns(random_player, tmp_path):
     before, after = run(random_player, tmp_path / "run", 20)
-    assert before < 0.2 and after > 0.8
+    assert before < 0.2 and after > 0.9
 
 
 def test_it_does_not_learn_with_the_sign_of_the_advantage_flipped(random_player, tmp_path, monkeypatch):
