@@ -30,6 +30,7 @@ and q are the *complements* of the text's. Named settings select the other readi
 10. An action is sent as written. `action_correction`: the valid action with the highest word overlap (authors).
 11. No solved examples in the prompt. `shots=2` shows solved development variations (paper: two examples).
 """
+
 import difflib
 import math
 from collections import Counter
@@ -50,83 +51,178 @@ def setting(default, text, **kwargs):
 @dataclass
 class Settings:
     """Everything that can be set; the command line is made from it. `None` = decided by the hardware, and printed."""
+
     # What is run
-    preset: str = setting("empo2", "a named set of settings (PRESETS), such as grpo; settings given beside it go first")
+    preset: str = setting(
+        "empo2",
+        "a named set of settings (PRESETS), such as grpo; settings given beside it go first",
+    )
     env: str = setting("scienceworld", "environment: scienceworld or house")
     tasks: list[str] = setting(["power-component"], "names of the tasks to train on")
     variations: int = setting(5, "how many training variations of each task (the first ones)")
-    iterations: Optional[int] = setting(None, "how many times to roll out and update [200 on a GPU, 10 without]")
-    step_limit: Optional[int] = setting(None, "actions per episode [30; chemistry-mix 60, measure-melting-point-known-... 100]")
+    iterations: Optional[int] = setting(
+        None, "how many times to roll out and update [200 on a GPU, 10 without]"
+    )
+    step_limit: Optional[int] = setting(
+        None, "actions per episode [30; chemistry-mix 60, measure-melting-point-known-... 100]"
+    )
     shots: int = setting(0, "(11) solved development variations shown in the prompt")
-    action_correction: bool = setting(False, "(10) replace an invalid action by the most similar valid one")
-    env_options: list[str] = setting([], "further options of the environment, as name=value (rooms=1 for house)")
+    action_correction: bool = setting(
+        False, "(10) replace an invalid action by the most similar valid one"
+    )
+    env_options: list[str] = setting(
+        [], "further options of the environment, as name=value (rooms=1 for house)"
+    )
     # Policy
-    model: Optional[str] = setting(None, "hub id or folder [Qwen/Qwen2.5-7B-Instruct on a GPU, ./standin without]")
-    load_in_4bit: Optional[bool] = setting(None, "NF4 weights [on cards up to 24 GB]", nargs="?", const=True)
+    model: Optional[str] = setting(
+        None, "hub id or folder [Qwen/Qwen2.5-7B-Instruct on a GPU, ./standin without]"
+    )
+    load_in_4bit: Optional[bool] = setting(
+        None, "NF4 weights [on cards up to 24 GB]", nargs="?", const=True
+    )
     lora_r: int = setting(16, "rank of the adapter")
     lora_alpha: int = setting(32, "scale of the adapter, over its rank")
     # Rolling out (§4.1)
     group_size: int = setting(8, "N: episodes of one task, compared with each other")
-    tasks_per_iteration: Optional[int] = setting(None, "B: tasks per iteration [16 on a GPU, 1 without]")
-    rollout_batch: Optional[int] = setting(None, "episodes played side by side [by the card's memory: 32 to 128]")
+    tasks_per_iteration: Optional[int] = setting(
+        None, "B: tasks per iteration [16 on a GPU, 1 without]"
+    )
+    rollout_batch: Optional[int] = setting(
+        None, "episodes played side by side [by the card's memory: 32 to 128]"
+    )
     temperature: float = setting(1.0, "of sampling and of the log-probs in the loss")
     action_tokens: int = setting(32, "longest action")
     tip_tokens: int = setting(160, "longest tip")
-    context: int = setting(4500, "longest dialogue in tokens; an episode that reaches it is cut there")
-    memory_prob: float = setting(0.25, "p: probability of prompting with tips; 0 = no memory (GRPO)")
-    mode_level: Literal["turn", "episode", "batch"] = setting("turn", "(1) at what level the modes are drawn")
+    context: int = setting(
+        4500, "longest dialogue in tokens; an episode that reaches it is cut there"
+    )
+    memory_prob: float = setting(
+        0.25, "p: probability of prompting with tips; 0 = no memory (GRPO)"
+    )
+    mode_level: Literal["turn", "episode", "batch"] = setting(
+        "turn", "(1) at what level the modes are drawn"
+    )
     # Memory (§4.1)
-    embedder: str = setting("hashing", "hashing (scikit-learn), or e.g. sentence-transformers/all-MiniLM-L6-v2")
+    embedder: str = setting(
+        "hashing", "hashing (scikit-learn), or e.g. sentence-transformers/all-MiniLM-L6-v2"
+    )
     tips: int = setting(10, "most tips retrieved at a turn")
     tip_threshold: float = setting(0.5, "least cosine similarity of a retrieved tip")
-    tip_rank: Literal["score", "similarity"] = setting("score", "(5) which of the similar tips are shown")
-    memory_key: Literal["state", "task"] = setting("state", "(6) what tips are stored under and looked up by")
-    memory_scope: Literal["variation", "task", "all"] = setting("variation", "(7) what shares a memory")
+    tip_rank: Literal["score", "similarity"] = setting(
+        "score", "(5) which of the similar tips are shown"
+    )
+    memory_key: Literal["state", "task"] = setting(
+        "state", "(6) what tips are stored under and looked up by"
+    )
+    memory_scope: Literal["variation", "task", "all"] = setting(
+        "variation", "(7) what shares a memory"
+    )
     memory_capacity: int = setting(1000, "(7) tips per memory, the oldest are dropped")
-    novelty_threshold: float = setting(0.5, "(4) cosine similarity from which two states count as the same")
-    intrinsic_coef: float = setting(1.0, "(4) points of return per unit of intrinsic reward; 0 = none")
+    novelty_threshold: float = setting(
+        0.5, "(4) cosine similarity from which two states count as the same"
+    )
+    intrinsic_coef: float = setting(
+        1.0, "(4) points of return per unit of intrinsic reward; 0 = none"
+    )
     # Update (§4.2)
-    offpolicy_prob: float = setting(2 / 3, "q: probability that a memory turn is updated off-policy")
-    denominator: Literal["no-tips", "tips"] = setting("no-tips", "(2) prompt of the off-policy behaviour log-prob")
-    learning_rate: Optional[float] = setting(None, "of AdamW, constant [1e-5 on a GPU, 1e-3 for the stand-in]")
+    offpolicy_prob: float = setting(
+        2 / 3, "q: probability that a memory turn is updated off-policy"
+    )
+    denominator: Literal["no-tips", "tips"] = setting(
+        "no-tips", "(2) prompt of the off-policy behaviour log-prob"
+    )
+    learning_rate: Optional[float] = setting(
+        None, "of AdamW, constant [1e-5 on a GPU, 1e-3 for the stand-in]"
+    )
     minibatch_episodes: int = setting(16, "episodes per optimiser step")
-    micro_tokens: Optional[int] = setting(None, "padded tokens per forward pass [by the card's memory: 6144, 16384]")
+    micro_tokens: Optional[int] = setting(
+        None, "padded tokens per forward pass [by the card's memory: 6144, 16384]"
+    )
     clip_low: float = setting(0.2, "ratio clip 1 - clip_low")
     clip_high: float = setting(0.3, "ratio clip 1 + clip_high")
     clip_c: float = setting(10.0, "dual clip: for A < 0 the term is at least clip_c * A")
-    min_prob: float = setting(0.0067, "delta: (3) tokens less likely than this are masked; 0 = no mask")
+    min_prob: float = setting(
+        0.0067, "delta: (3) tokens less likely than this are masked; 0 = no mask"
+    )
     beta: float = setting(0.0, "weight of KL(pi_theta || pi_ref)")
     advantage_eps: float = setting(1e-6, "added to the standard deviation of returns")
     max_grad_norm: float = setting(1.0, "gradient clip")
     # Tip-free evaluation during training (§5)
-    eval_every: int = setting(0, "iterations between evaluations, and one after the last; 0 = never")
+    eval_every: int = setting(
+        0, "iterations between evaluations, and one after the last; 0 = never"
+    )
     eval_variations: int = setting(20, "how many test variations of each task (the first ones)")
     eval_episodes: int = setting(4, "episodes of each of them")
     eval_temperature: float = setting(0.4, "of their sampling; 0 = greedy")
     # The run
-    run_dir: Optional[str] = setting(None, "where results go [runs/ENV-TASK-SEED]; must not exist, or --resume")
+    run_dir: Optional[str] = setting(
+        None, "where results go [runs/ENV-TASK-SEED]; must not exist, or --resume"
+    )
     resume: bool = setting(False, "continue the run in run_dir from its last checkpoint")
     save_every: int = setting(1, "iterations between checkpoints")
-    keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep; the best evaluated one is kept, too")
-    report_to: Optional[str] = setting(None, "tensorboard or wandb (which you install): metrics go there, too")
+    keep_checkpoints: int = setting(
+        2, "how many of the newest checkpoints to keep; the best evaluated one is kept, too"
+    )
+    report_to: Optional[str] = setting(
+        None, "tensorboard or wandb (which you install): metrics go there, too"
+    )
     seed: int = setting(0, "seed of everything that is drawn")
 
     def __post_init__(self):
         if self.preset not in PRESETS:
             close = difflib.get_close_matches(self.preset, PRESETS, cutoff=0.5)
-            raise ValueError(f"unknown preset {self.preset}; " + (
-                f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(PRESETS)}"))
-        for name in ("memory_prob", "offpolicy_prob", "min_prob", "tip_threshold", "novelty_threshold"):
+            raise ValueError(
+                f"unknown preset {self.preset}; "
+                + (
+                    f"did you mean {' or '.join(close)}?"
+                    if close
+                    else f"there are: {', '.join(PRESETS)}"
+                )
+            )
+        for name in (
+            "memory_prob",
+            "offpolicy_prob",
+            "min_prob",
+            "tip_threshold",
+            "novelty_threshold",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        for name in ("group_size", "tasks_per_iteration", "action_tokens", "tip_tokens", "rollout_batch", "context",
-                     "minibatch_episodes", "variations", "save_every", "keep_checkpoints", "memory_capacity", "tips",
-                     "temperature", "lora_r", "lora_alpha", "micro_tokens", "clip_c", "max_grad_norm", "iterations",
-                     "eval_variations", "eval_episodes"):
+        for name in (
+            "group_size",
+            "tasks_per_iteration",
+            "action_tokens",
+            "tip_tokens",
+            "rollout_batch",
+            "context",
+            "minibatch_episodes",
+            "variations",
+            "save_every",
+            "keep_checkpoints",
+            "memory_capacity",
+            "tips",
+            "temperature",
+            "lora_r",
+            "lora_alpha",
+            "micro_tokens",
+            "clip_c",
+            "max_grad_norm",
+            "iterations",
+            "eval_variations",
+            "eval_episodes",
+        ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be positive")
-        for name in ("shots", "clip_low", "clip_high", "beta", "advantage_eps", "learning_rate", "eval_every",
-                     "eval_temperature"):
+        for name in (
+            "shots",
+            "clip_low",
+            "clip_high",
+            "beta",
+            "advantage_eps",
+            "learning_rate",
+            "eval_every",
+            "eval_temperature",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative")
 
@@ -136,7 +232,11 @@ PRESETS = {
     "empo2": {},
     # Baselines
     "grpo": {"memory_prob": 0.0, "intrinsic_coef": 0.0, "min_prob": 0.0},
-    "reflexion": {"memory_prob": 1.0, "learning_rate": 0.0, "intrinsic_coef": 0.0},  # tips, but no weight moves
+    "reflexion": {
+        "memory_prob": 1.0,
+        "learning_rate": 0.0,
+        "intrinsic_coef": 0.0,
+    },  # tips, but no weight moves
     # Ablations
     "no-offpolicy": {"offpolicy_prob": 0.0},
     "no-onpolicy-tips": {"offpolicy_prob": 1.0},
@@ -157,14 +257,21 @@ PRESETS = {
 @dataclass
 class Turn:
     """One turn as token ids, each segment tokenised once; text fields are for people and for the memory."""
+
     observation: list[int]  # closes the previous action, then the user message with o_t
     tips: list[int]  # a user message with the retrieved tips; empty = mode (1), without memory
     action: list[int]  # as sampled, ending in a control token unless cut at the limit
-    logps: list[float]  # behaviour log-prob of each action token under the prompt it was sampled with
+    logps: list[
+        float
+    ]  # behaviour log-prob of each action token under the prompt it was sampled with
     texts: dict  # observation, tips (a list), tips_left_out, action as sent, cut (at the limit?), next (observation)
-    reward: float = 0.0  # r_t: difference of scores, so rewards add up to the final score (-100...100)
+    reward: float = (
+        0.0  # r_t: difference of scores, so rewards add up to the final score (-100...100)
+    )
     novelty: float = 0.0  # r_int,t = 1/n of the state this action led to, in (0, 1]
-    offpolicy: bool = False  # update mode of a memory turn: True = (b) without tips, False = (a) with tips
+    offpolicy: bool = (
+        False  # update mode of a memory turn: True = (b) without tips, False = (a) with tips
+    )
 
 
 @dataclass
@@ -204,13 +311,17 @@ def intrinsic_return(episode, coef):
 
 # --- Rolling out (§4.1) -----------------------------------------------------------------------------------------
 TIPS_TEXT = "Tips from earlier attempts at this task:\n{}"
-TIP_REQUEST = ("The episode is over. Your final score is {score:.0f} of 100. Write one tip for the next attempt, as one "
-               "sentence on one line of fewer than 100 words: what happened, what was learnt, and how far the task "
-               "was from being completed.")
+TIP_REQUEST = (
+    "The episode is over. Your final score is {score:.0f} of 100. Write one tip for the next attempt, as one "
+    "sentence on one line of fewer than 100 words: what happened, what was learnt, and how far the task "
+    "was from being completed."
+)
 
 
 def memory_slot(episode, scope):  # (7)
-    return {"variation": f"{episode.task}/{episode.variation}", "task": episode.task, "all": "all"}[scope]
+    return {"variation": f"{episode.task}/{episode.variation}", "task": episode.task, "all": "all"}[
+        scope
+    ]
 
 
 def memory_text(episode, observation, key):  # (6)
@@ -220,13 +331,16 @@ def memory_text(episode, observation, key):  # (6)
 @dataclass
 class Playing:
     """An episode under way."""
+
     episode: Episode
     env: object
     observation: str  # o_t as text
     with_memory: bool  # the mode drawn for the whole episode, used with mode_level="episode"
 
 
-def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progress=lambda phase, text: None):
+def rollout(
+    policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progress=lambda phase, text: None
+):
     """Play one episode per job, `len(envs)` at a time and in lock-step, drawing the rollout mode of each turn.
     A generator of finished episodes, a list for each time the environments were used.
 
@@ -238,22 +352,48 @@ def rollout(policy, envs, jobs, memory, novelty, embed, s, rng, env_fault, progr
     policy.forget()  # keys and values of other weights
     for first in range(0, len(jobs), len(envs)):
         progress("rollout", "loading")
-        live = [begin(policy, env, job, row, env_fault) for row, (env, job) in enumerate(zip(envs, jobs[first:]))]
+        live = [
+            begin(policy, env, job, row, env_fault)
+            for row, (env, job) in enumerate(zip(envs, jobs[first:]))
+        ]
         for p in live:
             p.with_memory = rng.random() < s.memory_prob
         visit_states(live, novelty, embed, s)  # the first states are seen, and nobody's merit
         finished = []
         while live:
             progress("rollout", f"turn {len(live[0].episode.turns) + 1}")
-            modes = [{"turn": rng.random() < s.memory_prob, "episode": p.with_memory, "batch": whole_batch}[s.mode_level]
-                     for p in live]
-            keys = iter(embed([memory_text(p.episode, p.observation, s.memory_key) for p, m in zip(live, modes) if m]))
+            modes = [
+                {
+                    "turn": rng.random() < s.memory_prob,
+                    "episode": p.with_memory,
+                    "batch": whole_batch,
+                }[s.mode_level]
+                for p in live
+            ]
+            keys = iter(
+                embed(
+                    [
+                        memory_text(p.episode, p.observation, s.memory_key)
+                        for p, m in zip(live, modes)
+                        if m
+                    ]
+                )
+            )
             for p, with_memory in zip(live, modes):
-                tips = memory.retrieve(next(keys), memory_slot(p.episode, s.memory_scope)) if with_memory else []
+                tips = (
+                    memory.retrieve(next(keys), memory_slot(p.episode, s.memory_scope))
+                    if with_memory
+                    else []
+                )
                 open_turn(policy, p, tips, s)
-            live, full = [p for p in live if not p.episode.ended], [p for p in live if p.episode.ended]
+            live, full = (
+                [p for p in live if not p.episode.ended],
+                [p for p in live if p.episode.ended],
+            )
             contexts = [p.episode.dialogue(-1, tips=True) for p in live]
-            for p, action, logps in zip(live, *sample(policy, contexts, s.action_tokens, [p.episode for p in live])):
+            for p, action, logps in zip(
+                live, *sample(policy, contexts, s.action_tokens, [p.episode for p in live])
+            ):
                 p.episode.turns[-1].action, p.episode.turns[-1].logps = action, logps
             live = [p for p in live if act(policy, p, env_fault)]
             visit_states(live, novelty, embed, s)
@@ -270,23 +410,34 @@ def begin(policy, env, job, row, env_fault):
             break
         except env_fault as fault:
             if attempt == 5:
-                raise RuntimeError(f"the simulator failed to start five times in a row: {fault}") from fault
+                raise RuntimeError(
+                    f"the simulator failed to start five times in a row: {fault}"
+                ) from fault
     prompt = policy.message("system", info["prompt"])
-    return Playing(Episode(task, variation, group, prompt, policy.header, info["task"], row=row), env, observation, False)
+    return Playing(
+        Episode(task, variation, group, prompt, policy.header, info["task"], row=row),
+        env,
+        observation,
+        False,
+    )
 
 
 def open_turn(policy, p, tips, s):
     """Add the turn that is to be played, with as many of the tips as the context has room for; or end the episode."""
     turns = p.episode.turns
     closing = policy.closing(turns[-1].action) if turns else []
-    turn = Turn(closing + policy.message("user", p.observation), [], [], [], {"observation": p.observation})
+    turn = Turn(
+        closing + policy.message("user", p.observation), [], [], [], {"observation": p.observation}
+    )
     turns.append(turn)
     room = s.context - s.action_tokens - len(p.episode.dialogue(-1))
     if room < 0:
         turns.pop()
         if not turns:
-            raise ValueError(f"--context {s.context} has no room for even one turn of {p.episode.task} "
-                             f"({-room} tokens short); raise it")
+            raise ValueError(
+                f"--context {s.context} has no room for even one turn of {p.episode.task} "
+                f"({-room} tokens short); raise it"
+            )
         p.episode.ended = "context full"
     retrieved = len(tips)
     while tips and len(tips_message(policy, tips)) > room:
@@ -299,10 +450,16 @@ def act(policy, p, env_fault):
     """Send the sampled action to the environment. False if the simulator died."""
     turn = p.episode.turns[-1]
     try:
-        p.observation, turn.reward, terminated, truncated, info = p.env.step(policy.decode(turn.action))
+        p.observation, turn.reward, terminated, truncated, info = p.env.step(
+            policy.decode(turn.action)
+        )
     except env_fault:
         return False
-    turn.texts |= {"action": info["action"], "cut": turn.action[-1] not in policy.stop_ids, "next": p.observation}
+    turn.texts |= {
+        "action": info["action"],
+        "cut": turn.action[-1] not in policy.stop_ids,
+        "next": p.observation,
+    }
     p.episode.score = info["score"]
     p.episode.ended = "completed" if terminated else "step limit" if truncated else ""
     return True
@@ -310,7 +467,11 @@ def act(policy, p, env_fault):
 
 def sample(policy, contexts, max_tokens, episodes):
     """Actions and log-probs, continuing the dialogues of these episodes in the policy's cache."""
-    return policy.sample(contexts, max_tokens, rows=[e.row for e in episodes]) if contexts else ([], [])
+    return (
+        policy.sample(contexts, max_tokens, rows=[e.row for e in episodes])
+        if contexts
+        else ([], [])
+    )
 
 
 def tips_message(policy, tips):
@@ -336,8 +497,13 @@ def write_tips(policy, episodes, memory, embed, s, progress=lambda phase, text: 
     for e in episodes:
         last = e.turns[-1]
         request = f"{last.texts['next']}\n\n{TIP_REQUEST.format(score=e.score)}"
-        requests.append(e.dialogue(-1) + last.action + policy.closing(last.action) + policy.message("user", request) +
-                        policy.header)
+        requests.append(
+            e.dialogue(-1)
+            + last.action
+            + policy.closing(last.action)
+            + policy.message("user", request)
+            + policy.header
+        )
     tips, _ = sample(policy, requests, s.tip_tokens, episodes)
     keys = embed([memory_text(e, e.turns[-1].texts["next"], s.memory_key) for e in episodes])
     for e, ids, key in zip(episodes, tips, keys):
@@ -376,8 +542,11 @@ def draw_update_modes(episodes, s, rng):
         whole_episode = rng.random() < s.offpolicy_prob
         for turn in episode.turns:
             if turn.tips:
-                turn.offpolicy = {"turn": rng.random() < s.offpolicy_prob, "episode": whole_episode,
-                                  "batch": whole_batch}[s.mode_level]
+                turn.offpolicy = {
+                    "turn": rng.random() < s.offpolicy_prob,
+                    "episode": whole_episode,
+                    "batch": whole_batch,
+                }[s.mode_level]
 
 
 @dataclass
@@ -387,13 +556,16 @@ class Row:
     A token sees the first `trunk` tokens of the trunk and those of its own branch up to itself, so each (prompt,
     action) pair is scored as if it stood alone, while what prompts share is computed once. All lists are [L].
     """
+
     ids: list[int]
     position: list[int]
     branch: list[int]  # 0 = the trunk
     trunk: list[int]  # how many tokens of the trunk are seen
     mask: list[bool]  # True on the action tokens that are trained
     old_logp: list[float]
-    recompute: list[bool]  # (2) the behaviour log-prob is to be replaced by π_old under this very prompt
+    recompute: list[
+        bool
+    ]  # (2) the behaviour log-prob is to be replaced by π_old under this very prompt
     advantage: float
 
 
@@ -408,14 +580,21 @@ def training_row(episode, advantage, s):
     trunk, branches = [(token, False, 0.0, False) for token in episode.prompt], []
 
     def action(turn, train, recompute=False):
-        return ([(token, False, 0.0, False) for token in episode.header] +
-                [(token, train, logp if train else 0.0, recompute) for token, logp in zip(turn.action, turn.logps)])
+        return [(token, False, 0.0, False) for token in episode.header] + [
+            (token, train, logp if train else 0.0, recompute)
+            for token, logp in zip(turn.action, turn.logps)
+        ]
 
     for turn in episode.turns:
         trunk += [(token, False, 0.0, False) for token in turn.observation]
         with_tips = bool(turn.tips) and not turn.offpolicy
         if with_tips:
-            branches.append((len(trunk), [(token, False, 0.0, False) for token in turn.tips] + action(turn, True)))
+            branches.append(
+                (
+                    len(trunk),
+                    [(token, False, 0.0, False) for token in turn.tips] + action(turn, True),
+                )
+            )
         trunk += action(turn, not with_tips, turn.offpolicy and s.denominator == "no-tips")
     cells = [(*cell, i, 0, i + 1) for i, cell in enumerate(trunk)]
     for number, (fork, tokens) in enumerate(branches, 1):
@@ -435,13 +614,27 @@ def visibility(position, branch, trunk):
             [1, 0, 0, 1, 1]], dtype=torch.int32)
     """
     in_trunk = (branch == 0)[:, None, :] & (position[:, None, :] < trunk[:, :, None])
-    in_branch = (branch[:, None, :] == branch[:, :, None]) & (position[:, None, :] <= position[:, :, None])
+    in_branch = (branch[:, None, :] == branch[:, :, None]) & (
+        position[:, None, :] <= position[:, :, None]
+    )
     return in_trunk | (in_branch & (branch > 0)[:, None, :])
 
 
 # --- Loss (Eq. 2) -----------------------------------------------------------------------------------------------
-def hybrid_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.3, clip_c=10.0, min_prob=0.0067,
-                ref_logp=None, beta=0.0, denominator=None):
+def hybrid_loss(
+    logp,
+    old_logp,
+    advantages,
+    mask,
+    *,
+    clip_low=0.2,
+    clip_high=0.3,
+    clip_c=10.0,
+    min_prob=0.0067,
+    ref_logp=None,
+    beta=0.0,
+    denominator=None,
+):
     """Minus Eq. 2, with dual clip and the k3 estimate of KL(π_θ || π_ref).
 
     logp, old_logp, advantages, ref_logp: [B, L] float; mask: [B, L] bool, True on action tokens; values outside the
@@ -456,17 +649,29 @@ def hybrid_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.3
     """
     denominator = mask.sum() if denominator is None else denominator
     keep = mask & (logp.detach().exp() >= min_prob)  # (3): a constant, no gradient through it
-    logratio = torch.where(keep, logp - old_logp, 0.0)  # before exp: a masked token may not overflow
+    logratio = torch.where(
+        keep, logp - old_logp, 0.0
+    )  # before exp: a masked token may not overflow
     ratio = logratio.exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    surrogate = torch.where(advantages < 0, torch.maximum(surrogate, clip_c * advantages), surrogate)
+    surrogate = torch.minimum(
+        ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    )
+    surrogate = torch.where(
+        advantages < 0, torch.maximum(surrogate, clip_c * advantages), surrogate
+    )
     objective = torch.where(keep, surrogate, 0.0).sum()
     with torch.no_grad():
         logratio = torch.where(mask, logp - old_logp, 0.0)
         ratio = logratio.exp()
-        outside = ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
-        sums = {"ratio": torch.where(mask, ratio, 0.0), "approx_kl": torch.where(mask, ratio - 1 - logratio, 0.0),
-                "clipfrac": outside & keep, "masked_fraction": mask & ~keep}
+        outside = ((ratio > 1 + clip_high) & (advantages > 0)) | (
+            (ratio < 1 - clip_low) & (advantages < 0)
+        )
+        sums = {
+            "ratio": torch.where(mask, ratio, 0.0),
+            "approx_kl": torch.where(mask, ratio - 1 - logratio, 0.0),
+            "clipfrac": outside & keep,
+            "masked_fraction": mask & ~keep,
+        }
         metrics = {name: (value.sum() / denominator).item() for name, value in sums.items()}
     if ref_logp is not None and beta:
         log_ref_ratio = torch.where(mask, ref_logp - logp, 0.0)
@@ -480,7 +685,9 @@ def hybrid_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.3
 def micro_batches(rows, budget):
     """Rows of similar length together, at most `budget` padded tokens each (a longer row stands alone; None = no limit)."""
     batch = []
-    for row in sorted(rows, key=lambda r: (max(r.branch) > 0, len(r.ids))):  # without branches no mask is needed
+    for row in sorted(
+        rows, key=lambda r: (max(r.branch) > 0, len(r.ids))
+    ):  # without branches no mask is needed
         longest = max(len(r.ids) for r in batch + [row])
         if batch and budget and (len(batch) + 1) * longest > budget:
             yield batch
@@ -493,7 +700,9 @@ def micro_batches(rows, budget):
 def stack(rows, name, padding=0, device="cpu"):
     """[B, L] tensor of one field of the rows, padded on the right."""
     width = max(len(row.ids) for row in rows)
-    return torch.tensor([getattr(r, name) + [padding] * (width - len(r.ids)) for r in rows], device=device)
+    return torch.tensor(
+        [getattr(r, name) + [padding] * (width - len(r.ids)) for r in rows], device=device
+    )
 
 
 def score(policy, rows, reference=False):
@@ -501,16 +710,24 @@ def score(policy, rows, reference=False):
     mask, visible, position = stack(rows, "mask", False, policy.device), None, None
     if any(max(r.branch) > 0 for r in rows):
         position = stack(rows, "position", device=policy.device)
-        visible = visibility(position, stack(rows, "branch", -1, policy.device), stack(rows, "trunk", 1, policy.device))
-    return *policy.logprobs(stack(rows, "ids", device=policy.device), mask, position, visible, reference), mask
+        visible = visibility(
+            position,
+            stack(rows, "branch", -1, policy.device),
+            stack(rows, "trunk", 1, policy.device),
+        )
+    return *policy.logprobs(
+        stack(rows, "ids", device=policy.device), mask, position, visible, reference
+    ), mask
 
 
 class NotFinite(FloatingPointError):
     """A loss or gradient that is not finite; `rows` and `episodes` are those of its micro-batch."""
 
     def __init__(self, metrics, rows, episodes):
-        super().__init__(f"the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}; start another run "
-                         "with a lower --learning_rate or with the low-probability mask (--min_prob 0.0067)")
+        super().__init__(
+            f"the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}; start another run "
+            "with a lower --learning_rate or with the low-probability mask (--min_prob 0.0067)"
+        )
         self.rows, self.episodes = rows, episodes
 
 
@@ -518,21 +735,37 @@ def accumulate_gradient(policy, rows, s, denominator=None):
     """Add the gradient of a micro-batch to the adapter's. Returns metrics: those of `hybrid_loss`, loss, entropy, the
     norm of what has been accumulated, and the largest difference between old and current log-probs ("gap")."""
     logp, entropy, mask = score(policy, rows)
-    old_logp = torch.where(stack(rows, "recompute", False, policy.device), logp.detach(),
-                           stack(rows, "old_logp", device=policy.device))
+    old_logp = torch.where(
+        stack(rows, "recompute", False, policy.device),
+        logp.detach(),
+        stack(rows, "old_logp", device=policy.device),
+    )
     ref_logp = None
     if s.beta:
         with torch.no_grad():
             ref_logp = score(policy, rows, reference=True)[0]
     denominator = denominator or int(mask.sum())
     loss, metrics = hybrid_loss(
-        logp, old_logp, torch.tensor([[r.advantage] for r in rows], device=policy.device), mask,
-        clip_low=s.clip_low, clip_high=s.clip_high, clip_c=s.clip_c, min_prob=s.min_prob, ref_logp=ref_logp,
-        beta=s.beta, denominator=denominator)
+        logp,
+        old_logp,
+        torch.tensor([[r.advantage] for r in rows], device=policy.device),
+        mask,
+        clip_low=s.clip_low,
+        clip_high=s.clip_high,
+        clip_c=s.clip_c,
+        min_prob=s.min_prob,
+        ref_logp=ref_logp,
+        beta=s.beta,
+        denominator=denominator,
+    )
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in policy.trainable() if p.grad is not None])
-    return metrics | {"loss": loss.item(), "entropy": (entropy.sum() / denominator).item(), "grad_norm": norm.item(),
-                      "gap": torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item()}
+    return metrics | {
+        "loss": loss.item(),
+        "entropy": (entropy.sum() / denominator).item(),
+        "grad_norm": norm.item(),
+        "gap": torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item(),
+    }
 
 
 def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: None):
@@ -549,19 +782,27 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: Non
         episode.advantage = advantage
     rows = [training_row(e, a, s) for e, a in zip(episodes, advantages)]
     order = rng.permutation(len(rows))
-    steps = [[rows[i] for i in order[first:first + s.minibatch_episodes]]
-             for first in range(0, len(rows), s.minibatch_episodes)]
-    tokens = [sum(sum(r.mask) for r in step) for step in steps]  # one denominator for the whole optimiser step
+    steps = [
+        [rows[i] for i in order[first : first + s.minibatch_episodes]]
+        for first in range(0, len(rows), s.minibatch_episodes)
+    ]
+    tokens = [
+        sum(sum(r.mask) for r in step) for step in steps
+    ]  # one denominator for the whole optimiser step
     if not s.beta:  # a zero advantage has no gradient, so its forward pass can be spared
         steps = [[r for r in step if r.advantage] for step in steps]
     steps = [(step, n) for step, n in zip(steps, tokens) if step]
 
     policy.model.eval()
     with torch.no_grad():  # (2) π_old of the whole iteration is the policy that rolled out; step 0 still is that policy
-        for batch in micro_batches([r for step, _ in steps[1:] for r in step if any(r.recompute)], s.micro_tokens):
+        for batch in micro_batches(
+            [r for step, _ in steps[1:] for r in step if any(r.recompute)], s.micro_tokens
+        ):
             for row, values in zip(batch, score(policy, batch)[0].tolist()):
-                row.old_logp = [new if replace else old
-                                for new, old, replace in zip(values, row.old_logp, row.recompute)]
+                row.old_logp = [
+                    new if replace else old
+                    for new, old, replace in zip(values, row.old_logp, row.recompute)
+                ]
                 row.recompute = [False] * len(row.ids)
     policy.model.train()
     totals, norms, gap = Counter(), [], None
@@ -571,19 +812,30 @@ def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: Non
         for batch in micro_batches(step, s.micro_tokens):
             metrics = accumulate_gradient(policy, batch, s, n)
             if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-                raise NotFinite(metrics, batch, [e for e, row in zip(episodes, rows) if row in batch])
+                raise NotFinite(
+                    metrics, batch, [e for e, row in zip(episodes, rows) if row in batch]
+                )
             norm, difference = metrics.pop("grad_norm"), metrics.pop("gap")
-            if number == 0 and s.denominator == "no-tips":  # nothing has moved: sampler's against trainer's arithmetic
+            if (
+                number == 0 and s.denominator == "no-tips"
+            ):  # nothing has moved: sampler's against trainer's arithmetic
                 gap = max(gap or 0.0, difference)
             totals.update({name: value * n for name, value in metrics.items()})
         torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm)
         optimizer.step()
         norms.append(norm)
     learnt = max(sum(sum(r.mask) for step, _ in steps for r in step), 1)
-    groups = [[a for a, e in zip(advantages, episodes) if e.group == g] for g in {e.group for e in episodes}]
+    groups = [
+        [a for a, e in zip(advantages, episodes) if e.group == g]
+        for g in {e.group for e in episodes}
+    ]
     return {name: value / learnt for name, value in sorted(totals.items())} | {
-        "grad_norm": float(np.mean(norms or [0.0])), "optimizer_steps": len(norms), "sampler_gap": gap,
-        "return": float(np.mean(returns)), "zero_variance_groups": float(np.mean([not any(g) for g in groups]))}
+        "grad_norm": float(np.mean(norms or [0.0])),
+        "optimizer_steps": len(norms),
+        "sampler_gap": gap,
+        "return": float(np.mean(returns)),
+        "zero_variance_groups": float(np.mean([not any(g) for g in groups])),
+    }
 
 
 # --- Evaluation (§5) --------------------------------------------------------------------------------------------
@@ -600,12 +852,29 @@ def figures(episodes):
     """
     scores = np.array([e.score for e in episodes], float)
     best = [max(accumulate((t.reward for t in e.turns), initial=0.0)) for e in episodes]
-    values = scores.mean(), scores.clip(0).mean(), np.mean(best), (scores == 100).mean(), (scores == -100).mean()
+    values = (
+        scores.mean(),
+        scores.clip(0).mean(),
+        np.mean(best),
+        (scores == 100).mean(),
+        (scores == -100).mean(),
+    )
     return {name: round(float(value), 4) for name, value in zip(FIGURES, values)}
 
 
-def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, progress=lambda phase, text: None,
-             memory=None, embed=list):  # without a memory it is asked for nothing
+def evaluate(
+    policy,
+    envs,
+    pool,
+    episodes,
+    temperature,
+    s,
+    seed,
+    env_fault,
+    progress=lambda phase, text: None,
+    memory=None,
+    embed=list,
+):  # without a memory it is asked for nothing
     """Play `episodes` of each (task, variation) of the pool without learning; with a memory, its tips are shown at
     every turn, and nothing is added to it.
 
@@ -616,8 +885,18 @@ def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, prog
     training_temperature, policy.temperature = policy.temperature, temperature
     for _ in range(5):  # once, unless the simulators lose every single episode
         torch.manual_seed(seed)
-        waves = rollout(policy, envs, jobs, memory, None, embed, replace(s, memory_prob=float(memory is not None)),
-                        np.random.default_rng(seed), env_fault, progress)
+        waves = rollout(
+            policy,
+            envs,
+            jobs,
+            memory,
+            None,
+            embed,
+            replace(s, memory_prob=float(memory is not None)),
+            np.random.default_rng(seed),
+            env_fault,
+            progress,
+        )
         played = [episode for wave in waves for episode in wave]
         if played:
             break
@@ -627,7 +906,12 @@ def evaluate(policy, envs, pool, episodes, temperature, s, seed, env_fault, prog
     for task in dict.fromkeys(task for task, _ in pool):
         mine = [e for e in played if e.task == task]
         if mine:
-            table[task] = figures(mine) | {"episodes": len(mine), "variations": sum(t == task for t, _ in pool)}
+            table[task] = figures(mine) | {
+                "episodes": len(mine),
+                "variations": sum(t == task for t, _ in pool),
+            }
     if not table:
-        raise RuntimeError("all episodes of the evaluation were lost to simulator faults five times in a row")
+        raise RuntimeError(
+            "all episodes of the evaluation were lost to simulator faults five times in a row"
+        )
     return table, played, len(jobs) - len(played)

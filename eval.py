@@ -19,6 +19,7 @@ figures come from the same episodes, because the literature reports different on
 mean with negative scores as 0, the mean of the best score reached during the episode, the share of episodes at 100,
 and the share that ended at -100.
 """
+
 import argparse
 import dataclasses
 import json
@@ -44,16 +45,24 @@ def run_parts(args, s, adapter, parts, save):
     """Play what is missing of the parts, a list of trials of tasks; `save` is called after each."""
     policy = train.load_policy(s, adapter)
     embed = memory.embedder(s.embedder)
-    simulators, pool = train.make_envs(dataclasses.replace(
-        s, variations=args.variations, tasks_per_iteration=None, group_size=args.episodes), args.split)
+    simulators, pool = train.make_envs(
+        dataclasses.replace(
+            s, variations=args.variations, tasks_per_iteration=None, group_size=args.episodes
+        ),
+        args.split,
+    )
     tips = memory.TipMemory(s.memory_capacity, s.tip_threshold, s.tips, s.tip_rank)
     if args.memory:
         tips.load(adapter / "tips.npz")
-        asked = {empo2.memory_slot(empo2.Episode(*pair, 0, [], [], ""), s.memory_scope) for pair in pool}
+        asked = {
+            empo2.memory_slot(empo2.Episode(*pair, 0, [], [], ""), s.memory_scope) for pair in pool
+        }
         if not asked <= tips.slots.keys():  # what is called "with memory" shall have one
-            raise ValueError(f"--memory: the run has tips in {len(asked & tips.slots.keys())} of these {len(asked)} "
-                             f"memories (one per {s.memory_scope}); take what it was trained on, --split train "
-                             f"--variations {s.variations}, train longer, or with --memory-scope task")
+            raise ValueError(
+                f"--memory: the run has tips in {len(asked & tips.slots.keys())} of these {len(asked)} "
+                f"memories (one per {s.memory_scope}); take what it was trained on, --split train "
+                f"--variations {s.variations}, train longer, or with --memory-scope task"
+            )
     done = {(part["task"], part["trial"]): part for part in parts}
     with tqdm(desc="evaluating", bar_format="{desc} {elapsed}") as bar:
         for task in s.tasks:
@@ -62,8 +71,17 @@ def run_parts(args, s, adapter, parts, save):
             for trial in range(TRIALS[args.protocol]):
                 part = done.get((task, trial))
                 if not part:
-                    part = play(policy, simulators, [pair for pair in pool if pair[0] == task], trial, tips, embed,
-                                args, s, lambda phase, text: bar.set_description(f"{task}, trial {trial}: {text}"))
+                    part = play(
+                        policy,
+                        simulators,
+                        [pair for pair in pool if pair[0] == task],
+                        trial,
+                        tips,
+                        embed,
+                        args,
+                        s,
+                        lambda phase, text: bar.set_description(f"{task}, trial {trial}: {text}"),
+                    )
                     parts.append(part)
                     save()
                 # Also after a stop: the memory follows from what is written.
@@ -74,23 +92,50 @@ def run_parts(args, s, adapter, parts, save):
 def play(policy, simulators, pool, trial, tips, embed, args, s, progress):
     """One trial of one task -> its row, its episodes and (ood) the tips that were written after it."""
     task = pool[0][0]
-    seed = int(np.random.default_rng([args.seed, zlib.crc32(task.encode()), trial]).integers(2 ** 62))
+    seed = int(np.random.default_rng([args.seed, zlib.crc32(task.encode()), trial]).integers(2**62))
     table, played, dropped = empo2.evaluate(
-        policy, simulators, pool, args.episodes, args.temperature, s, seed, envs.EnvFault, progress,
-        tips if args.memory or trial else None, embed)
+        policy,
+        simulators,
+        pool,
+        args.episodes,
+        args.temperature,
+        s,
+        seed,
+        envs.EnvFault,
+        progress,
+        tips if args.memory or trial else None,
+        embed,
+    )
     if args.protocol == "ood":
         for first in range(0, len(played), len(simulators)):
-            batch = played[first:first + len(simulators)]
-            for row, episode in enumerate(batch):  # its place in the policy's cache, which was emptied
+            batch = played[first : first + len(simulators)]
+            for row, episode in enumerate(
+                batch
+            ):  # its place in the policy's cache, which was emptied
                 episode.row = row
             empo2.write_tips(policy, batch, memory.TipMemory(), embed, s, progress)
-    return {"task": task, "trial": trial, **table[task], "episodes_dropped": dropped,
-            "turns": sum(len(e.turns) for e in played),
-            "memory_turns": sum(bool(turn.tips) for e in played for turn in e.turns),
-            "tips": [{"state": empo2.memory_text(e, e.turns[-1].texts["next"], s.memory_key), "text": e.tip,
-                      "score": e.score, "slot": empo2.memory_slot(e, s.memory_scope)} for e in played if e.tip],
-            "played": [{"variation": e.variation, "score": e.score, "turns": len(e.turns), "ended": e.ended}
-                       for e in played]}
+    return {
+        "task": task,
+        "trial": trial,
+        **table[task],
+        "episodes_dropped": dropped,
+        "turns": sum(len(e.turns) for e in played),
+        "memory_turns": sum(bool(turn.tips) for e in played for turn in e.turns),
+        "tips": [
+            {
+                "state": empo2.memory_text(e, e.turns[-1].texts["next"], s.memory_key),
+                "text": e.tip,
+                "score": e.score,
+                "slot": empo2.memory_slot(e, s.memory_scope),
+            }
+            for e in played
+            if e.tip
+        ],
+        "played": [
+            {"variation": e.variation, "score": e.score, "turns": len(e.turns), "ended": e.ended}
+            for e in played
+        ],
+    }
 
 
 def show(protocol, parts, picture):
@@ -98,30 +143,57 @@ def show(protocol, parts, picture):
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
     columns = ("episodes", "turns", "memory_turns", *empo2.FIGURES)
     ood = protocol["protocol"] == "ood"
-    print(*report.table(columns, {
-        f"{part['task']}, trial {part['trial']}" if ood else part["task"]: [part[c] for c in columns]
-        for part in parts}), sep="\n")
+    print(
+        *report.table(
+            columns,
+            {
+                f"{part['task']}, trial {part['trial']}" if ood else part["task"]: [
+                    part[c] for c in columns
+                ]
+                for part in parts
+            },
+        ),
+        sep="\n",
+    )
     (report.draw_trials if ood else report.draw_scores)(picture, parts)
     if ood:
         for task in sorted(report.PAPER_OOD.keys() & set(protocol["tasks"])):
             trained_on, ours, grpo = report.PAPER_OOD[task]
-            print(f"the paper's best trial of {task}, trained on {trained_on}: EMPO² {ours}, GRPO {grpo}")
+            print(
+                f"the paper's best trial of {task}, trained on {trained_on}: EMPO² {ours}, GRPO {grpo}"
+            )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs="?", help="a run directory, or one of its checkpoint-N")
-    parser.add_argument("--model", help="evaluate this base model (hub id or folder) instead of a run")
+    parser.add_argument(
+        "--model", help="evaluate this base model (hub id or folder) instead of a run"
+    )
     parser.add_argument("--protocol", default="id", choices=TRIALS, help="see above (default id)")
-    parser.add_argument("--memory", action="store_true", help="id with the checkpoint's tips, at every turn")
+    parser.add_argument(
+        "--memory", action="store_true", help="id with the checkpoint's tips, at every turn"
+    )
     parser.add_argument("--env", help="environment [the run's, or scienceworld]")
-    parser.add_argument("--tasks", nargs="+", help="task names [the run's, or power-component]; ood must be given them")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        help="task names [the run's, or power-component]; ood must be given them",
+    )
     parser.add_argument("--split", default="test", choices=["train", "dev", "test"])
-    parser.add_argument("--variations", type=int, default=20, help="first variations of the split (default 20)")
-    parser.add_argument("--episodes", type=int, help="episodes per variation [4 with id, 1 with ood]")
+    parser.add_argument(
+        "--variations", type=int, default=20, help="first variations of the split (default 20)"
+    )
+    parser.add_argument(
+        "--episodes", type=int, help="episodes per variation [4 with id, 1 with ood]"
+    )
     parser.add_argument("--temperature", type=float, default=0.4, help="0 = greedy (default 0.4)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="JSON file [RUN/eval-PROTOCOL-SPLIT-N.json, or eval-PROTOCOL-SPLIT-base.json]")
+    parser.add_argument(
+        "--out", help="JSON file [RUN/eval-PROTOCOL-SPLIT-N.json, or eval-PROTOCOL-SPLIT-base.json]"
+    )
     args = parser.parse_args(argv)
     args.episodes = args.episodes or {"id": 4, "ood": 1}[args.protocol]
     transformers_logging.set_verbosity_error()
@@ -134,7 +206,9 @@ def main(argv=None):
         if args.protocol == "ood" and not args.tasks:
             raise ValueError("--protocol ood needs the new tasks: --tasks NAME ...")
         if args.temperature < 0 or args.seed < 0 or args.variations < 1 or args.episodes < 1:
-            raise ValueError("--temperature and --seed must not be negative, --variations and --episodes be positive")
+            raise ValueError(
+                "--temperature and --seed must not be negative, --variations and --episodes be positive"
+            )
         s, adapter, name, folder = empo2.Settings(), None, "base", Path()
         if args.run:
             path = Path(args.run)
@@ -142,7 +216,9 @@ def main(argv=None):
             if not (folder / "settings.json").exists() or not train.checkpoints(folder):
                 raise ValueError(f"{path}: no run with a checkpoint here")
             s = train.read_settings(folder)
-            adapter = path if path != folder else folder / f"checkpoint-{train.checkpoints(folder)[-1]}"
+            adapter = (
+                path if path != folder else folder / f"checkpoint-{train.checkpoints(folder)[-1]}"
+            )
             train.verify(adapter, s)
             name = adapter.name.split("-")[-1]
         given = {"model": args.model, "env": args.env, "tasks": args.tasks}
@@ -150,26 +226,45 @@ def main(argv=None):
         s, _ = train.hardware_defaults(dataclasses.replace(s, tasks=list(dict.fromkeys(s.tasks))))
         env = envs.make(s.env, **train.env_options(s))
         protocol = {
-            "protocol": args.protocol, "environment": env.VERSION, "env_options": s.env_options, "tasks": s.tasks,
-            "split": args.split, "variations": args.variations, "episodes_per_variation": args.episodes,
+            "protocol": args.protocol,
+            "environment": env.VERSION,
+            "env_options": s.env_options,
+            "tasks": s.tasks,
+            "split": args.split,
+            "variations": args.variations,
+            "episodes_per_variation": args.episodes,
             "temperature": args.temperature,
-            "memory": "off in trial 0, then at every turn" if args.protocol == "ood" else
-                      "tips of the checkpoint at every turn" if args.memory else "off",
-            "step_limits": {task: env.step_limit or env.STEP_LIMITS.get(task, 30) for task in s.tasks},
-            "seed": args.seed, "model": s.model, "adapter": str(adapter), "shots": s.shots,
-            "action_correction": s.action_correction}
+            "memory": "off in trial 0, then at every turn"
+            if args.protocol == "ood"
+            else "tips of the checkpoint at every turn"
+            if args.memory
+            else "off",
+            "step_limits": {
+                task: env.step_limit or env.STEP_LIMITS.get(task, 30) for task in s.tasks
+            },
+            "seed": args.seed,
+            "model": s.model,
+            "adapter": str(adapter),
+            "shots": s.shots,
+            "action_correction": s.action_correction,
+        }
         kind = f"{args.protocol}{'-memory' if args.memory else ''}-{args.split}"
         out = Path(args.out) if args.out else folder / f"eval-{kind}-{name}.json"
         if not out.parent.is_dir():
             raise ValueError(f"--out: there is no folder {out.parent}")
-        result = json.loads(out.read_text()) if out.exists() else {"protocol": protocol, "parts": []}
+        result = (
+            json.loads(out.read_text()) if out.exists() else {"protocol": protocol, "parts": []}
+        )
         changed = [k for k in protocol if result.get("protocol", {}).get(k) != protocol[k]]
         if changed:
-            raise ValueError(f"{out} exists, with other arguments ({', '.join(changed)}); name another file with --out")
+            raise ValueError(
+                f"{out} exists, with other arguments ({', '.join(changed)}); name another file with --out"
+            )
 
         def save():
             out.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
             os.replace(out.with_suffix(".tmp"), out)
+
         if len(result["parts"]) < len(s.tasks) * TRIALS[args.protocol]:
             run_parts(args, s, adapter, result["parts"], save)
         show(protocol, result["parts"], out.with_suffix(".png"))

@@ -3,6 +3,7 @@
 Both stores are divided into *slots* (one per task variation, per task, or one for all), and compare unit vectors
 made by an embedder, so that cosine similarity is a matrix product.
 """
+
 import json
 import os
 from zipfile import BadZipFile
@@ -51,18 +52,25 @@ class TipMemory:
             return []
         similarity = s["keys"] @ np.asarray(key, np.float32)  # [n]
         value = np.array(s["scores"]) if self.rank == "score" else similarity
-        best_first = np.argsort(-value[::-1], kind="stable")  # of the reversed list, so that the newer wins a tie
+        best_first = np.argsort(
+            -value[::-1], kind="stable"
+        )  # of the reversed list, so that the newer wins a tie
         order = len(value) - 1 - best_first
-        return [s["texts"][i] for i in order[similarity[order] >= self.threshold][:self.k]]
+        return [s["texts"][i] for i in order[similarity[order] >= self.threshold][: self.k]]
 
     def save(self, path):
-        write(path, {slot: s["keys"] for slot, s in self.slots.items()},
-              {slot: [s["texts"], s["scores"]] for slot, s in self.slots.items()})
+        write(
+            path,
+            {slot: s["keys"] for slot, s in self.slots.items()},
+            {slot: [s["texts"], s["scores"]] for slot, s in self.slots.items()},
+        )
 
     def load(self, path):
         """Replace the content by that of a file. Raises ValueError if it is damaged."""
-        self.slots = {slot: {"keys": keys, "texts": texts, "scores": scores}
-                      for slot, keys, (texts, scores) in read(path)}
+        self.slots = {
+            slot: {"keys": keys, "texts": texts, "scores": scores}
+            for slot, keys, (texts, scores) in read(path)
+        }
 
 
 class NoveltyStore:
@@ -97,8 +105,11 @@ class NoveltyStore:
         return 1.0 / s["counts"][nearest]
 
     def save(self, path):
-        write(path, {slot: s["keys"] for slot, s in self.slots.items()},
-              {slot: s["counts"] for slot, s in self.slots.items()})
+        write(
+            path,
+            {slot: s["keys"] for slot, s in self.slots.items()},
+            {slot: s["counts"] for slot, s in self.slots.items()},
+        )
 
     def load(self, path):
         """Replace the content by that of a file. Raises ValueError if it is damaged."""
@@ -123,9 +134,11 @@ def read(path):
         ends = np.cumsum([n for _, n, _ in meta], dtype=int)
         if len(rows) != (ends[-1] if meta else 0):
             raise ValueError("its parts do not fit together")
-        return [(slot, rows[end - n:end], values) for (slot, n, values), end in zip(meta, ends)]
+        return [(slot, rows[end - n : end], values) for (slot, n, values), end in zip(meta, ends)]
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path}: damaged or missing memory file ({error}); resume from an older checkpoint") from error
+        raise ValueError(
+            f"{path}: damaged or missing memory file ({error}); resume from an older checkpoint"
+        ) from error
 
 
 def embedder(name="hashing"):
@@ -136,17 +149,31 @@ def embedder(name="hashing"):
     """
     if name == "hashing":
         from sklearn.feature_extraction.text import HashingVectorizer
-        vectorizer = HashingVectorizer(n_features=1024, ngram_range=(1, 2), norm="l2", dtype=np.float32,
-                                       token_pattern=r"(?u)\b\w+\b")  # single characters count: "5 degrees"
-        return lambda texts: vectorizer.transform(texts).toarray() if texts else np.zeros((0, 1024), np.float32)
+
+        vectorizer = HashingVectorizer(
+            n_features=1024,
+            ngram_range=(1, 2),
+            norm="l2",
+            dtype=np.float32,
+            token_pattern=r"(?u)\b\w+\b",
+        )  # single characters count: "5 degrees"
+        return lambda texts: (
+            vectorizer.transform(texts).toarray() if texts else np.zeros((0, 1024), np.float32)
+        )
 
     import torch
     from transformers import AutoModel, AutoTokenizer
+
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+        tokenizer, model = (
+            AutoTokenizer.from_pretrained(name),
+            AutoModel.from_pretrained(name).eval(),
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--embedder {name}: could not be loaded ({(str(error).splitlines() or [''])[0]}); "
-                         "use hashing, or a hub id or folder of a sentence encoder") from error
+        raise ValueError(
+            f"--embedder {name}: could not be loaded ({(str(error).splitlines() or [''])[0]}); "
+            "use hashing, or a hub id or folder of a sentence encoder"
+        ) from error
 
     @torch.no_grad()
     def embed(texts):
@@ -156,6 +183,7 @@ def embedder(name="hashing"):
         weight = batch["attention_mask"][..., None].float()  # [n, L, 1]
         mean = (model(**batch).last_hidden_state * weight).sum(1) / weight.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1).numpy()
+
     return embed
 
 

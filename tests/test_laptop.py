@@ -1,7 +1,8 @@
 """The laptop experiment on a reduced size (one task, sampled evaluations): EMPO² finds and keeps what GRPO never finds.
 
-    pytest tests/test_laptop.py          (two to three minutes)
+pytest tests/test_laptop.py          (two to three minutes)
 """
+
 import json
 import subprocess
 import sys
@@ -22,9 +23,33 @@ def test_the_player_knows_how_to_play_and_no_task():
 def test_empo2_beats_grpo_and_the_off_policy_update_is_why(tmp_path):
     """Tip-free success, mean of the last three evaluations: by luck it would be 0.0002. EMPO² ended between
     0.50 and 0.96 on eight seeds."""
-    subprocess.run([sys.executable, ROOT / "sweep.py", "laptop", "--out", tmp_path, "--tasks", "fan", "--seeds", "0",
-                    "--presets", "no-offpolicy", "empo2", "grpo", "--", "--tasks-per-iteration", "2",
-                    "--iterations", "36", "--eval-temperature", "1"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "sweep.py",
+            "laptop",
+            "--out",
+            tmp_path,
+            "--tasks",
+            "fan",
+            "--seeds",
+            "0",
+            "--presets",
+            "no-offpolicy",
+            "empo2",
+            "grpo",
+            "--",
+            "--tasks-per-iteration",
+            "2",
+            "--iterations",
+            "36",
+            "--eval-temperature",
+            "1",
+        ],
+        check=True,
+    )
     presets = json.loads((tmp_path / "results.json").read_text())["tasks"]["fan"]
     success = {preset: presets[preset]["0"]["success"] for preset in presets}
-    assert success["grpo"] <= 0.02 and success["no-offpolicy"] <= 0.02 and success["empo2"] >= 0.2, success
+    assert (
+        success["grpo"] <= 0.02 and success["no-offpolicy"] <= 0.02 and success["empo2"] >= 0.2
+    ), success

@@ -1,7 +1,8 @@
 """sweep.py from the outside: what it leaves, what survives a kill, what is refused, what is reported.
 
-    pytest tests/test_sweep.py
+pytest tests/test_sweep.py
 """
+
 import json
 import os
 import shutil
@@ -17,13 +18,45 @@ import empo2
 import report
 import sweep
 
-SMALL = ["--env", "house", "--env-options", "rooms=1", "step_limit=2", "--group-size", "2",
-         "--tasks-per-iteration", "1", "--action-tokens", "3", "--tip-tokens", "4", "--variations", "1",
-         "--lora-r", "2", "--eval-every", "2", "--eval-variations", "1", "--eval-episodes", "2"]
+SMALL = [
+    "--env",
+    "house",
+    "--env-options",
+    "rooms=1",
+    "step_limit=2",
+    "--group-size",
+    "2",
+    "--tasks-per-iteration",
+    "1",
+    "--action-tokens",
+    "3",
+    "--tip-tokens",
+    "4",
+    "--variations",
+    "1",
+    "--lora-r",
+    "2",
+    "--eval-every",
+    "2",
+    "--eval-variations",
+    "1",
+    "--eval-episodes",
+    "2",
+]
 
 
 def arguments(out, checkpoint, *own, iterations=4):
-    return ["--out", str(out), *own, "--", *SMALL, "--model", checkpoint, "--iterations", str(iterations)]
+    return [
+        "--out",
+        str(out),
+        *own,
+        "--",
+        *SMALL,
+        "--model",
+        checkpoint,
+        "--iterations",
+        str(iterations),
+    ]
 
 
 def processes_in(folder):
@@ -55,12 +88,27 @@ def gone(folder, seconds=5):
 def swept(checkpoint, tmp_path_factory):
     """Two presets x two seeds, killed with -9 when a cell was finished, then continued: (folder, what was there)."""
     out = tmp_path_factory.mktemp("sweeps") / "one"
-    command = arguments(out, checkpoint, "--tasks", "radio", "--presets", "grpo", "empo2", "--seeds", "0", "1",
-                        "--jobs", "2")
-    process = subprocess.Popen([sys.executable, str(ROOT / "sweep.py"), *command], stderr=subprocess.DEVNULL)
+    command = arguments(
+        out,
+        checkpoint,
+        "--tasks",
+        "radio",
+        "--presets",
+        "grpo",
+        "empo2",
+        "--seeds",
+        "0",
+        "1",
+        "--jobs",
+        "2",
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sweep.py"), *command], stderr=subprocess.DEVNULL
+    )
 
     def finished():
         return [p for p in out.glob("*/*/*") if p.is_dir() and report.progress_of(p)[2]]
+
     wait_for(finished, process)
     process.kill()
     process.wait()
@@ -89,7 +137,11 @@ def test_the_report(swept):
     cell = results["tasks"]["radio"]["grpo"]["1"]
     evals = report.records(out / "radio" / "grpo" / "1" / "evals.jsonl")
     assert cell["success"] == pytest.approx(sum(e["success"] for e in evals) / 3)
-    assert cell["state"] == "finished" and cell["episodes"] == 8 and [p["episodes"] for p in cell["curve"]] == [0, 4, 8]
+    assert (
+        cell["state"] == "finished"
+        and cell["episodes"] == 8
+        and [p["episodes"] for p in cell["curve"]] == [0, 4, 8]
+    )
     run = results["runs"][-1]
     assert run["command"].startswith("python sweep.py --out") and {"torch", "hardware"} <= set(run)
     summary = (out / "summary.md").read_text()
@@ -105,8 +157,11 @@ def test_more_seeds_other_settings_and_nonsense(swept, checkpoint, capsys):
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("sweep.py: ")
         return lines[0]
+
     assert "iterations = 4 (now 5)" in refused(*command[:-1], "5")
-    assert "did you mean grpo" in refused(*command[:2], "--presets", "gpro", *command[command.index("--"):])
+    assert "did you mean grpo" in refused(
+        *command[:2], "--presets", "gpro", *command[command.index("--") :]
+    )
     assert "unknown setting --nonsense" in refused(*command, "--nonsense", "1")
     assert "the sweep's own" in refused(*command, "--seed", "1")
     assert "add -- --eval-every" in refused(*command, "--eval-every", "0")
@@ -122,25 +177,59 @@ def test_a_missing_cell_is_shown_as_missing(swept, tmp_path, capsys):
     assert f"{tmp_path / 'copy'}/summary.md" in capsys.readouterr().out
     summary = (tmp_path / "copy" / "summary.md").read_text()
     row = next(line for line in summary.splitlines() if line.startswith("| grpo"))
-    assert row.split("|")[3].strip() == "missing" and row.count("missing") == 1 and "(1 of 2 seeds)" in row
+    assert (
+        row.split("|")[3].strip() == "missing"
+        and row.count("missing") == 1
+        and "(1 of 2 seeds)" in row
+    )
 
 
 def test_a_failing_cell_is_reported_and_the_rest_goes_on(checkpoint, tmp_path):
     out = tmp_path / "out"
-    command = arguments(out, checkpoint, "--tasks", "radios", "radio", "--presets", "reflexion", "--seeds", "0",
-                        "--jobs", "2", iterations=1)
+    command = arguments(
+        out,
+        checkpoint,
+        "--tasks",
+        "radios",
+        "radio",
+        "--presets",
+        "reflexion",
+        "--seeds",
+        "0",
+        "--jobs",
+        "2",
+        iterations=1,
+    )
     assert sweep.main(command) == 1
     summary = (out / "summary.md").read_text()
-    assert "- radios/reflexion/0 failed with exit code 2: train.py: unknown task 'radios'; did you mean" in summary
-    assert report.progress_of(out / "radio" / "reflexion" / "0")[2] and "## mean of 2 tasks" in summary
+    assert (
+        "- radios/reflexion/0 failed with exit code 2: train.py: unknown task 'radios'; did you mean"
+        in summary
+    )
+    assert (
+        report.progress_of(out / "radio" / "reflexion" / "0")[2] and "## mean of 2 tasks" in summary
+    )
 
 
 def test_ctrl_c_lets_the_runs_save(checkpoint, tmp_path):
     """All tasks in one run, stopped long before its end."""
     out = tmp_path / "out"
-    command = arguments(out, checkpoint, "--tasks", "radio", "fan", "--together", "--presets", "empo2", "--seeds", "0",
-                        iterations=10000) + ["--save-every", "1000"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "sweep.py"), *command], stderr=subprocess.DEVNULL)
+    command = arguments(
+        out,
+        checkpoint,
+        "--tasks",
+        "radio",
+        "fan",
+        "--together",
+        "--presets",
+        "empo2",
+        "--seeds",
+        "0",
+        iterations=10000,
+    ) + ["--save-every", "1000"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sweep.py"), *command], stderr=subprocess.DEVNULL
+    )
     run_dir = out / "together" / "empo2" / "0"
     wait_for(lambda: report.records(run_dir / "metrics.jsonl"), process)
     process.send_signal(signal.SIGINT)
@@ -153,7 +242,11 @@ def test_ctrl_c_lets_the_runs_save(checkpoint, tmp_path):
 
 def test_a_named_experiment_can_be_overridden():
     args, extra = sweep.split_command(["scienceworld", "--seeds", "7", "--", "--iterations", "3"])
-    assert args.seeds == [7] and args.presets == ["grpo", "empo2"] and str(args.out) == "sweeps/scienceworld"
+    assert (
+        args.seeds == [7]
+        and args.presets == ["grpo", "empo2"]
+        and str(args.out) == "sweeps/scienceworld"
+    )
     assert extra[-2:] == ["--iterations", "3"] and "--eval-every" in extra
 
 
@@ -162,19 +255,54 @@ def test_scienceworld_scores_stand_beside_the_papers(tmp_path):
     run_dir = tmp_path / "find-plant" / "grpo" / "0"
     run_dir.mkdir(parents=True)
     (run_dir / "settings.json").write_text(json.dumps({"iterations": 2}))
-    (run_dir / "evals.jsonl").write_text("".join(json.dumps(
-        {"iteration": i, "training_episodes": i, "seconds": 1, "tasks": {"find-plant": {"share_100": 0, "mean": score}}}
-    ) + "\n" for i, score in ((0, -50.0), (2, 30.0))))
+    (run_dir / "evals.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "iteration": i,
+                    "training_episodes": i,
+                    "seconds": 1,
+                    "tasks": {"find-plant": {"share_100": 0, "mean": score}},
+                }
+            )
+            + "\n"
+            for i, score in ((0, -50.0), (2, 30.0))
+        )
+    )
     (run_dir / "metrics.jsonl").write_text(json.dumps({"episodes": 4, "success": 0.0}) + "\n")
-    settings = {"together": False, "env": "scienceworld", "step_limit": None, "eval_variations": 20, "eval_episodes": 4,
-                "eval_temperature": 0.4}
-    report.report(tmp_path, {"tasks": ["find-plant"], "presets": ["grpo", "empo2"], "seeds": [0], "settings": settings,
-                             "runs": [{"command": "x", "environment": "scienceworld 1.2.3"}], "failed": {}})
+    settings = {
+        "together": False,
+        "env": "scienceworld",
+        "step_limit": None,
+        "eval_variations": 20,
+        "eval_episodes": 4,
+        "eval_temperature": 0.4,
+    }
+    report.report(
+        tmp_path,
+        {
+            "tasks": ["find-plant"],
+            "presets": ["grpo", "empo2"],
+            "seeds": [0],
+            "settings": settings,
+            "runs": [{"command": "x", "environment": "scienceworld 1.2.3"}],
+            "failed": {},
+        },
+    )
     summary = (tmp_path / "summary.md").read_text()
-    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in
-             summary.split("Table 1")[1].splitlines() if line.startswith("|")]
-    assert lines[0][:4] == ["task", "grpo", "empo2", "paper: base"] and [r[0] for r in lines[2:]] == list(report.PAPER)
+    lines = [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in summary.split("Table 1")[1].splitlines()
+        if line.startswith("|")
+    ]
+    assert lines[0][:4] == ["task", "grpo", "empo2", "paper: base"] and [
+        r[0] for r in lines[2:]
+    ] == list(report.PAPER)
     rows = {line[0]: line[1:] for line in lines}
     assert rows["find-plant"] == ["30.00", "missing", "-47.10", "15.10", "23.00", "46.20", "100.00"]
     assert rows["find-animal"][:2] == ["missing", "missing"]
-    assert "step limits: the paper's" in summary and "scienceworld 1.2.3" in summary and "seeds: 0" in summary
+    assert (
+        "step limits: the paper's" in summary
+        and "scienceworld 1.2.3" in summary
+        and "seeds: 0" in summary
+    )
