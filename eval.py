@@ -26,9 +26,12 @@ import json
 import os
 import sys
 import zlib
+from itertools import accumulate
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -36,16 +39,96 @@ import empo2
 import envs
 import memory
 import report
-import train
+import runs
+from settings import Settings
+
+FIGURES = ("mean", "mean_clipped", "best_reached", "share_100", "share_minus_100")
+
+
+def figures(episodes):
+    """The five figures of a list of episodes (scores -100...100).
+
+    >>> from empo2 import Episode, Turn
+    >>> won, lost = (Episode("", 0, 0, [], [], "", score=s) for s in (100, -100))
+    >>> won.turns, lost.turns = ([Turn([], [], [], [], {}, r) for r in rs] for rs in ([40, 60], [30, -130]))
+    >>> figures([won, lost])
+    {'mean': 0.0, 'mean_clipped': 50.0, 'best_reached': 65.0, 'share_100': 0.5, 'share_minus_100': 0.5}
+    """
+    scores = np.array([e.score for e in episodes], float)
+    best = [max(accumulate((t.reward for t in e.turns), initial=0.0)) for e in episodes]
+    values = (
+        scores.mean(),
+        scores.clip(0).mean(),
+        np.mean(best),
+        (scores == 100).mean(),
+        (scores == -100).mean(),
+    )
+    return {name: round(float(value), 4) for name, value in zip(FIGURES, values)}
+
+
+def evaluate(
+    policy,
+    envs,
+    pool,
+    episodes,
+    temperature,
+    s,
+    seed,
+    env_fault,
+    progress=lambda phase, text: None,
+    memory=None,
+    embed=list,
+):  # without a memory it is asked for nothing
+    """Play `episodes` of each (task, variation) of the pool without learning; with a memory, its tips are shown at
+    every turn, and nothing is added to it.
+
+    Returns ({task: figures, episodes, variations}, all episodes, number dropped). Draws from torch's global
+    generator, which it seeds; temperature and cache of the policy are put back.
+    """
+    jobs = [(task, v, group) for group, (task, v) in enumerate(pool) for _ in range(episodes)]
+    training_temperature, policy.temperature = policy.temperature, temperature
+    for _ in range(5):  # once, unless the simulators lose every single episode
+        torch.manual_seed(seed)
+        waves = empo2.rollout(
+            policy,
+            envs,
+            jobs,
+            memory,
+            None,
+            embed,
+            replace(s, memory_prob=float(memory is not None)),
+            np.random.default_rng(seed),
+            env_fault,
+            progress,
+        )
+        played = [episode for wave in waves for episode in wave]
+        if played:
+            break
+    policy.temperature = training_temperature
+    policy.forget()
+    table = {}
+    for task in dict.fromkeys(task for task, _ in pool):
+        mine = [e for e in played if e.task == task]
+        if mine:
+            table[task] = figures(mine) | {
+                "episodes": len(mine),
+                "variations": sum(t == task for t, _ in pool),
+            }
+    if not table:
+        raise RuntimeError(
+            "all episodes of the evaluation were lost to simulator faults five times in a row"
+        )
+    return table, played, len(jobs) - len(played)
+
 
 TRIALS = {"id": 1, "ood": 10}
 
 
 def run_parts(args, s, adapter, parts, save):
     """Play what is missing of the parts, a list of trials of tasks; `save` is called after each."""
-    policy = train.load_policy(s, adapter)
+    policy = runs.load_policy(s, adapter)
     embed = memory.embedder(s.embedder)
-    simulators, pool = train.make_envs(
+    simulators, pool = runs.make_envs(
         dataclasses.replace(
             s, variations=args.variations, tasks_per_iteration=None, group_size=args.episodes
         ),
@@ -93,7 +176,7 @@ def play(policy, simulators, pool, trial, tips, embed, args, s, progress):
     """One trial of one task -> its row, its episodes and (ood) the tips that were written after it."""
     task = pool[0][0]
     seed = int(np.random.default_rng([args.seed, zlib.crc32(task.encode()), trial]).integers(2**62))
-    table, played, dropped = empo2.evaluate(
+    table, played, dropped = evaluate(
         policy,
         simulators,
         pool,
@@ -141,7 +224,7 @@ def play(policy, simulators, pool, trial, tips, embed, args, s, progress):
 def show(protocol, parts, picture):
     """Print the protocol and the table, and draw the picture; ood has a row for every trial."""
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
-    columns = ("episodes", "turns", "memory_turns", *empo2.FIGURES)
+    columns = ("episodes", "turns", "memory_turns", *FIGURES)
     ood = protocol["protocol"] == "ood"
     print(
         *report.table(
@@ -209,22 +292,22 @@ def main(argv=None):
             raise ValueError(
                 "--temperature and --seed must not be negative, --variations and --episodes be positive"
             )
-        s, adapter, name, folder = empo2.Settings(), None, "base", Path()
+        s, adapter, name, folder = Settings(), None, "base", Path()
         if args.run:
             path = Path(args.run)
             folder = path if (path / "settings.json").exists() else path.parent
-            if not (folder / "settings.json").exists() or not train.checkpoints(folder):
+            if not (folder / "settings.json").exists() or not runs.checkpoints(folder):
                 raise ValueError(f"{path}: no run with a checkpoint here")
-            s = train.read_settings(folder)
+            s = runs.read_settings(folder)
             adapter = (
-                path if path != folder else folder / f"checkpoint-{train.checkpoints(folder)[-1]}"
+                path if path != folder else folder / f"checkpoint-{runs.checkpoints(folder)[-1]}"
             )
-            train.verify(adapter, s)
+            runs.verify(adapter, s)
             name = adapter.name.split("-")[-1]
         given = {"model": args.model, "env": args.env, "tasks": args.tasks}
         s = dataclasses.replace(s, seed=args.seed, **{k: v for k, v in given.items() if v})
-        s, _ = train.hardware_defaults(dataclasses.replace(s, tasks=list(dict.fromkeys(s.tasks))))
-        env = envs.make(s.env, **train.env_options(s))
+        s, _ = runs.hardware_defaults(dataclasses.replace(s, tasks=list(dict.fromkeys(s.tasks))))
+        env = envs.make(s.env, **runs.env_options(s))
         protocol = {
             "protocol": args.protocol,
             "environment": env.VERSION,
