@@ -31,12 +31,13 @@ and q are the *complements* of the text's. Named settings select the other readi
 11. No solved examples in the prompt. `shots=2` shows solved development variations (paper: two examples).
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+from rows import micro_batches, pack, stack, visibility
 
 
 # --- What flows through -----------------------------------------------------------------------------------------
@@ -336,74 +337,24 @@ def draw_update_modes(episodes, s, rng):
 
 
 @dataclass
-class Row:
-    """An episode as the update sees it: one *trunk* without tips, and a *branch* for each turn trained with tips.
+class Pair:
+    """What learning sees of a turn."""
 
-    A token sees the first `trunk` tokens of the trunk and those of its own branch up to itself, so each (prompt,
-    action) pair is scored as if it stood alone, while what prompts share is computed once. All lists are [L].
-    """
-
-    ids: list[int]
-    position: list[int]
-    branch: list[int]  # 0 = the trunk
-    trunk: list[int]  # how many tokens of the trunk are seen
-    mask: list[bool]  # True on the action tokens that are trained
-    old_logp: list[float]
-    recompute: list[
-        bool
-    ]  # (2) the behaviour log-prob is to be replaced by π_old under this very prompt
+    prompt: list[int]
+    action: list[int]
     advantage: float
+    old_logps: list[float] | None = None
 
 
-def training_row(episode, advantage, s):
-    """The seam for a new algorithm: an episode in; numerators' prompts, masks, old log-probs, advantages out.
-
-    | turn               | numerator             | denominator                                      | trained in |
-    | without memory     | π_θ(a | s, u)         | π_old(a | s, u), as sampled                      | trunk      |
-    | memory, on-policy  | π_θ(a | s, u, tips)   | π_old(a | s, u, tips), as sampled                | a branch   |
-    | memory, off-policy | π_θ(a | s, u)         | π_old(a | s, u) recomputed, or as sampled (2)    | trunk      |
-    """
-    trunk, branches = [(token, False, 0.0, False) for token in episode.prompt], []
-
-    def action(turn, train, recompute=False):
-        return [(token, False, 0.0, False) for token in episode.header] + [
-            (token, train, logp if train else 0.0, recompute)
-            for token, logp in zip(turn.action, turn.logps)
-        ]
-
-    for turn in episode.turns:
-        trunk += [(token, False, 0.0, False) for token in turn.observation]
-        with_tips = bool(turn.tips) and not turn.offpolicy
-        if with_tips:
-            branches.append(
-                (
-                    len(trunk),
-                    [(token, False, 0.0, False) for token in turn.tips] + action(turn, True),
-                )
-            )
-        trunk += action(turn, not with_tips, turn.offpolicy and s.denominator == "no-tips")
-    cells = [(*cell, i, 0, i + 1) for i, cell in enumerate(trunk)]
-    for number, (fork, tokens) in enumerate(branches, 1):
-        cells += [(*cell, fork + i, number, fork) for i, cell in enumerate(tokens)]
-    ids, mask, old_logp, recompute, position, branch, seen = map(list, zip(*cells))
-    return Row(ids, position, branch, seen, mask, old_logp, recompute, advantage)
-
-
-def visibility(position, branch, trunk):
-    """Who sees whom: bool [B, L, L] (query, key) of rows [B, L]; padding has branch -1 and is seen by nobody.
-
-    >>> visibility(*torch.tensor([[[0, 1, 2, 1, 2]], [[0, 0, 0, 1, 1]], [[1, 2, 3, 1, 1]]])).int()[0]
-    tensor([[1, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0],
-            [1, 1, 1, 0, 0],
-            [1, 0, 0, 1, 0],
-            [1, 0, 0, 1, 1]], dtype=torch.int32)
-    """
-    in_trunk = (branch == 0)[:, None, :] & (position[:, None, :] < trunk[:, :, None])
-    in_branch = (branch[:, None, :] == branch[:, :, None]) & (
-        position[:, None, :] <= position[:, :, None]
-    )
-    return in_trunk | (in_branch & (branch > 0)[:, None, :])
+def training_pairs(episode, s):
+    for t, turn in enumerate(episode.turns):
+        old = None if turn.offpolicy and s.denominator == "no-tips" else turn.logps
+        yield Pair(
+            episode.dialogue(t, tips=bool(turn.tips) and not turn.offpolicy),
+            turn.action,
+            episode.advantage,
+            old,
+        )
 
 
 # --- Loss (Eq. 2) -----------------------------------------------------------------------------------------------
@@ -467,74 +418,39 @@ def hybrid_loss(
     return -objective / denominator, metrics
 
 
-# --- Update (Alg. 1, lines of the policy update) ----------------------------------------------------------------
-def micro_batches(rows, budget):
-    """Rows of similar length together, at most `budget` padded tokens each (a longer row stands alone; None = no limit)."""
-    batch = []
-    for row in sorted(
-        rows, key=lambda r: (max(r.branch) > 0, len(r.ids))
-    ):  # without branches no mask is needed
-        longest = max(len(r.ids) for r in batch + [row])
-        if batch and budget and (len(batch) + 1) * longest > budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def stack(rows, name, padding=0, device="cpu"):
-    """[B, L] tensor of one field of the rows, padded on the right."""
-    width = max(len(row.ids) for row in rows)
-    return torch.tensor(
-        [getattr(r, name) + [padding] * (width - len(r.ids)) for r in rows], device=device
-    )
-
-
-def score(policy, rows, reference=False):
+# --- Update (Alg. 1, lines of the policy update) ---
+def token_logps(policy, batch, reference=False):
     """(logp, entropy, mask), each [B, L], of a micro-batch under the current policy or the reference."""
-    mask, visible, position = stack(rows, "mask", False, policy.device), None, None
-    if any(max(r.branch) > 0 for r in rows):
-        position = stack(rows, "position", device=policy.device)
-        visible = visibility(
-            position,
-            stack(rows, "branch", -1, policy.device),
-            stack(rows, "trunk", 1, policy.device),
-        )
-    return *policy.logprobs(
-        stack(rows, "ids", device=policy.device), mask, position, visible, reference
-    ), mask
+    mask, visible, positions = [], None, None
+    for row in batch:
+        mask.append([False] * len(row.ids))
+        for start, pair in row.spans:
+            mask[-1][start : start + len(pair.action)] = [True] * len(pair.action)
+    mask = stack(mask, False, policy.device)
+    if not all(row.is_sequence() for row in batch):
+        positions = stack([row.positions for row in batch], 0, policy.device)
+        visible = visibility(stack([row.ends for row in batch], mask.shape[1], policy.device))
+    ids = stack([row.ids for row in batch], 0, policy.device)
+    return *policy.logprobs(ids, mask, positions, visible, reference), mask
 
 
-class NotFinite(FloatingPointError):
-    """A loss or gradient that is not finite; `rows` and `episodes` are those of its micro-batch."""
-
-    def __init__(self, metrics, rows, episodes):
-        super().__init__(
-            f"the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}; start another run "
-            "with a lower --learning_rate or with the low-probability mask (--min_prob 0.0067)"
-        )
-        self.rows, self.episodes = rows, episodes
-
-
-def accumulate_gradient(policy, rows, s, denominator=None):
-    """Add the gradient of a micro-batch to the adapter's. Returns metrics: those of `hybrid_loss`, loss, entropy, the
-    norm of what has been accumulated, and the largest difference between old and current log-probs ("gap")."""
-    logp, entropy, mask = score(policy, rows)
-    old_logp = torch.where(
-        stack(rows, "recompute", False, policy.device),
-        logp.detach(),
-        stack(rows, "old_logp", device=policy.device),
-    )
+def accumulate_gradient(policy, batch, s, num_tokens):
+    logp, entropy, mask = token_logps(policy, batch)
+    old_logp, advantages = logp.detach().clone(), torch.zeros_like(logp)
+    for b, row in enumerate(batch):
+        for start, pair in row.spans:
+            end = start + len(pair.action)
+            advantages[b, start:end] = pair.advantage
+            if pair.old_logps is not None:
+                old_logp[b, start:end] = torch.tensor(pair.old_logps)
     ref_logp = None
     if s.beta:
         with torch.no_grad():
-            ref_logp = score(policy, rows, reference=True)[0]
-    denominator = denominator or int(mask.sum())
+            ref_logp = token_logps(policy, batch, reference=True)[0]
     loss, metrics = hybrid_loss(
         logp,
         old_logp,
-        torch.tensor([[r.advantage] for r in rows], device=policy.device),
+        advantages,
         mask,
         clip_low=s.clip_low,
         clip_high=s.clip_high,
@@ -542,78 +458,59 @@ def accumulate_gradient(policy, rows, s, denominator=None):
         min_prob=s.min_prob,
         ref_logp=ref_logp,
         beta=s.beta,
-        denominator=denominator,
+        denominator=num_tokens,
     )
     loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.trainable() if p.grad is not None])
-    return metrics | {
-        "loss": loss.item(),
-        "entropy": (entropy.sum() / denominator).item(),
-        "grad_norm": norm.item(),
-        "gap": torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item(),
-    }
+    gap = torch.where(mask, (logp - old_logp).detach().abs(), 0.0).max().item()
+    return metrics | {"loss": loss.item(), "entropy": (entropy.sum() / num_tokens).item(), "gap": gap}
+
+
+class NotFinite(FloatingPointError):
+    pass
 
 
 def update(policy, optimizer, episodes, s, rng, progress=lambda phase, text: None):
-    """One pass over the episodes, `minibatch_episodes` per optimiser step. Returns metrics (means over tokens).
-
-    Raises NotFinite, before that step's weights are touched.
-    """
     progress("update", "rows")
-    policy.forget()  # the rollout's keys and values: their memory is needed, and the weights are about to change
+    policy.forget()
     draw_update_modes(episodes, s, rng)
     returns = [intrinsic_return(e, s.intrinsic_coef) for e in episodes]
     advantages = group_advantages(returns, [e.group for e in episodes], s.advantage_eps).tolist()
     for episode, advantage in zip(episodes, advantages):
         episode.advantage = advantage
-    rows = [training_row(e, a, s) for e, a in zip(episodes, advantages)]
-    order = rng.permutation(len(rows))
-    steps = [
-        [rows[i] for i in order[first : first + s.minibatch_episodes]]
-        for first in range(0, len(rows), s.minibatch_episodes)
-    ]
-    tokens = [
-        sum(sum(r.mask) for r in step) for step in steps
-    ]  # one denominator for the whole optimiser step
-    if not s.beta:  # a zero advantage has no gradient, so its forward pass can be spared
-        steps = [[r for r in step if r.advantage] for step in steps]
-    steps = [(step, n) for step, n in zip(steps, tokens) if step]
-
+    order = rng.permutation(len(episodes))
+    pairs = [list(training_pairs(episodes[i], s)) for i in order]
+    steps = []
+    for first in range(0, len(pairs), s.minibatch_episodes):
+        step = pairs[first : first + s.minibatch_episodes]
+        n = sum(len(pair.action) for part in step for pair in part)
+        step = [[pair for pair in part if pair.advantage or s.beta] for part in step]
+        step = [pack(part) for part in step if part]
+        if step:
+            steps.append((step, n))
     policy.model.eval()
-    with torch.no_grad():  # (2) π_old of the whole iteration is the policy that rolled out; step 0 still is that policy
-        for batch in micro_batches(
-            [r for step, _ in steps[1:] for r in step if any(r.recompute)], s.micro_tokens
-        ):
-            for row, values in zip(batch, score(policy, batch)[0].tolist()):
-                row.old_logp = [
-                    new if replace else old
-                    for new, old, replace in zip(values, row.old_logp, row.recompute)
-                ]
-                row.recompute = [False] * len(row.ids)
+    with torch.no_grad():
+        later = [r for step, _ in steps[1:] for r in step]
+        again = [r for r in later if any(pair.old_logps is None for _, pair in r.spans)]
+        for batch in micro_batches(again, s.micro_tokens):
+            for row, values in zip(batch, token_logps(policy, batch)[0].tolist()):
+                for start, pair in row.spans:
+                    if pair.old_logps is None:
+                        pair.old_logps = values[start : start + len(pair.action)]
     policy.model.train()
     totals, norms, gap = Counter(), [], None
     for number, (step, n) in enumerate(steps):
-        progress("update", f"step {number + 1} of {len(steps)}")
         optimizer.zero_grad()
         for batch in micro_batches(step, s.micro_tokens):
             metrics = accumulate_gradient(policy, batch, s, n)
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-                raise NotFinite(
-                    metrics, batch, [e for e, row in zip(episodes, rows) if row in batch]
-                )
-            norm, difference = metrics.pop("grad_norm"), metrics.pop("gap")
-            if (
-                number == 0 and s.denominator == "no-tips"
-            ):  # nothing has moved: sampler's against trainer's arithmetic
+            difference = metrics.pop("gap")
+            if number == 0 and s.denominator == "no-tips":
                 gap = max(gap or 0.0, difference)
             totals.update({name: value * n for name, value in metrics.items()})
-        torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm)
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm).item())
         optimizer.step()
-        norms.append(norm)
-    learnt = max(sum(sum(r.mask) for step, _ in steps for r in step), 1)
+    learnt = max(sum(len(p.action) for step, _ in steps for r in step for _, p in r.spans), 1)
     groups = [
-        [a for a, e in zip(advantages, episodes) if e.group == g]
-        for g in {e.group for e in episodes}
+        [a for a, e in zip(advantages, episodes) if e.group == g] for g in {e.group for e in episodes}
     ]
     return {name: value / learnt for name, value in sorted(totals.items())} | {
         "grad_norm": float(np.mean(norms or [0.0])),
