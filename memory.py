@@ -1,151 +1,197 @@
-"""What an agent keeps between episodes (§4.1): its own tips, and the states it has met. NumPy and scikit-learn only.
+"""What an agent keeps between episodes (§4.1): its own tips, and the states it has met.
 
-Both stores are divided into *slots* (one per task variation, per task, or one for all), and compare unit vectors
-made by an embedder, so that cosine similarity is a matrix product.
+Both stores are divided into *slots* (one per task variation, per task, or one for all) and compare
+unit vectors made by an embedder, so that cosine similarity is a matrix product. NumPy and
+scikit-learn only.
 """
 
 import json
 import os
+from dataclasses import dataclass
 from zipfile import BadZipFile
 
 import numpy as np
 
 
+@dataclass
+class TipSlot:
+    """Tips, oldest first."""
+
+    keys: np.ndarray  # [n, d] float32
+    texts: list[str]
+    scores: list[float]
+
+
 class TipMemory:
     """M: tips with the key of the state they belong to and the score of their episode.
 
-    capacity: tips per slot, the oldest are dropped. threshold: least cosine similarity of a retrieved tip, k: most
-    tips at once, rank: which k of the similar ones, by "score" or by "similarity" (ties: the newer first).
+    capacity: tips per slot, the oldest are dropped. threshold: least cosine similarity of a
+    retrieved tip. max_tips: most at once. rank: which of the similar ones, by "score" or by
+    "similarity"; of equals the newer first.
     """
 
-    def __init__(self, capacity=1000, threshold=0.5, k=10, rank="score"):
-        if rank not in ("score", "similarity"):
-            raise ValueError(f"rank is {rank!r}; it must be 'score' or 'similarity'")
-        self.capacity, self.threshold, self.k, self.rank = capacity, threshold, k, rank
-        self.slots = {}  # slot -> {"keys": [n, d] float32, "texts": n strings, "scores": n numbers}, oldest first
+    def __init__(self, capacity=1000, threshold=0.5, max_tips=10, rank="score"):
+        self.capacity = capacity
+        self.threshold = threshold
+        self.max_tips = max_tips
+        self.rank = rank
+        self.slots = {}
 
     def __len__(self):
-        return sum(len(slot["texts"]) for slot in self.slots.values())
+        return sum(len(slot.texts) for slot in self.slots.values())
 
     def add(self, key, text, score, slot):
-        """Store a tip. key: [d] unit vector, score: -100...100. A text that the slot already holds is ignored."""
-        key = np.asarray(key, np.float32)
-        s = self.slots.setdefault(slot, {"keys": key[None, :][:0], "texts": [], "scores": []})
-        if text in s["texts"]:
+        """Store a tip. key: [d] unit vector, score: -100...100.
+
+        A text that the slot already holds is ignored.
+        """
+        if slot not in self.slots:
+            self.slots[slot] = TipSlot(np.empty((0, len(key)), np.float32), [], [])
+        held = self.slots[slot]
+        if text in held.texts:
             return
-        drop = max(0, len(s["texts"]) + 1 - self.capacity)
-        s["keys"] = np.vstack([s["keys"][drop:], key])
-        s["texts"] = s["texts"][drop:] + [text]
-        s["scores"] = s["scores"][drop:] + [float(score)]
+        held.keys = np.vstack([held.keys, np.float32(key)])[-self.capacity :]
+        held.texts = [*held.texts, text][-self.capacity :]
+        held.scores = [*held.scores, float(score)][-self.capacity :]
 
     def retrieve(self, key, slot):
-        """The texts of at most k tips of the slot whose key is similar to `key` [d], best first.
+        """The texts of at most `max_tips` tips of the slot that are similar to `key` [d], best first.
 
-        >>> memory, (x, y) = TipMemory(k=2), np.eye(2)
+        >>> memory, (x, y) = TipMemory(max_tips=2), np.eye(2)
         >>> for text, score in [("low", 0), ("high", 50), ("middle", 20)]:
         ...     memory.add(x, text, score, "task/0")
         >>> memory.retrieve(x, "task/0"), memory.retrieve(y, "task/0"), memory.retrieve(x, "task/1")
         (['high', 'middle'], [], [])
         """
-        s = self.slots.get(slot)
-        if not s:
+        if slot not in self.slots:
             return []
-        similarity = s["keys"] @ np.asarray(key, np.float32)  # [n]
-        value = np.array(s["scores"]) if self.rank == "score" else similarity
-        best_first = np.argsort(
-            -value[::-1], kind="stable"
-        )  # of the reversed list, so that the newer wins a tie
-        order = len(value) - 1 - best_first
-        return [s["texts"][i] for i in order[similarity[order] >= self.threshold][: self.k]]
+        held = self.slots[slot]
+        similarity = held.keys @ np.float32(key)  # [n]
+        value = np.array(held.scores) if self.rank == "score" else similarity
+        age = -np.arange(len(value))  # the newest is 1 - n
+        best_first = np.lexsort((age, -value))
+        similar = [i for i in best_first if similarity[i] >= self.threshold]
+        return [held.texts[i] for i in similar[: self.max_tips]]
 
     def save(self, path):
-        write(
-            path,
-            {slot: s["keys"] for slot, s in self.slots.items()},
-            {slot: [s["texts"], s["scores"]] for slot, s in self.slots.items()},
-        )
+        """Write the content to a .npz file."""
+        keys = {name: slot.keys for name, slot in self.slots.items()}
+        rest = {name: [slot.texts, slot.scores] for name, slot in self.slots.items()}
+        write(path, keys, rest)
 
     def load(self, path):
         """Replace the content by that of a file. Raises ValueError if it is damaged."""
         self.slots = {
-            slot: {"keys": keys, "texts": texts, "scores": scores}
-            for slot, keys, (texts, scores) in read(path)
+            name: TipSlot(keys, texts, scores) for name, keys, (texts, scores) in read(path)
         }
 
 
+@dataclass
+class StateSlot:
+    """Distinct states."""
+
+    keys: np.ndarray  # [m, d] float32
+    counts: list[int]  # how often each was met
+
+
 class NoveltyStore:
-    """Distinct states and how often each was met; the intrinsic reward of a visit is r_int = 1/n."""
+    """Distinct states and how often each was met; the intrinsic reward of a visit is 1/n.
+
+    threshold: cosine similarity from which two states count as the same.
+    """
 
     def __init__(self, threshold=0.5):
         self.threshold = threshold
-        self.slots = {}  # slot -> {"keys": [m, d] distinct states, "counts": m visits}
+        self.slots = {}
 
     def __len__(self):
-        return sum(len(slot["counts"]) for slot in self.slots.values())
+        return sum(len(slot.counts) for slot in self.slots.values())
 
-    def visit(self, key, slot):
-        """Count a visit to the state `key` [d] and return 1/n, n = 1 + earlier visits to a similar state.
+    def rewards(self, keys, slot):
+        """1/n of visits to the states `keys` [t, d], one after another; nothing is stored.
 
-        A visit counts for the most similar stored state if that reaches the threshold; else the state is new.
+        n = 1 + earlier visits to a similar state: those stored, and those before it in `keys`.
 
         >>> novelty, (x, y) = NoveltyStore(), np.eye(2)
-        >>> [novelty.visit(key, "task/0") for key in (x, x, y, x)]
-        [1.0, 0.5, 1.0, 0.3333333333333333]
+        >>> novelty.add([x], "task/0")
+        >>> novelty.rewards([x, y, x], "task/0"), novelty.rewards([x], "task/0")
+        ([0.5, 1.0, 0.3333333333333333], [0.5])
         """
-        key = np.asarray(key, np.float32)
-        s = self.slots.setdefault(slot, {"keys": key[None, :][:0], "counts": []})
-        # A text without words has a zero key, which is like nothing but another such text.
-        similarity = s["keys"] @ key if key.any() else 1.0 - s["keys"].any(1)  # [m]
-        nearest = int(similarity.argmax()) if len(similarity) else -1
-        if nearest < 0 or similarity[nearest] < self.threshold:
-            s["keys"] = np.vstack([s["keys"], key])
-            s["counts"].append(0)
-            nearest = -1
-        s["counts"][nearest] += 1
-        return 1.0 / s["counts"][nearest]
+        held = self.slots.get(slot)
+        scratch = NoveltyStore(self.threshold)
+        if held:
+            scratch.slots[slot] = StateSlot(held.keys, list(held.counts))
+        return [1 / scratch.visit(key, slot) for key in keys]
+
+    def add(self, keys, slot):
+        """Store visits to the states `keys` [t, d], one after another."""
+        for key in keys:
+            self.visit(key, slot)
+
+    def visit(self, key, slot):
+        """Count a visit to the state `key` [d] -> how often it has been met now.
+
+        It counts for the most similar state if that is similar enough; else it is a new one.
+        """
+        key = np.float32(key)
+        if slot not in self.slots:
+            self.slots[slot] = StateSlot(np.empty((0, len(key)), np.float32), [])
+        held = self.slots[slot]
+        similarity = held.keys @ key  # [m]
+        if not key.any():  # a text without words is like nothing but another such text
+            similarity = 1.0 - held.keys.any(axis=1)
+        if len(similarity) and similarity.max() >= self.threshold:
+            nearest = int(similarity.argmax())
+        else:
+            nearest = len(held.counts)
+            held.keys = np.vstack([held.keys, key])
+            held.counts.append(0)
+        held.counts[nearest] += 1
+        return held.counts[nearest]
 
     def save(self, path):
-        write(
-            path,
-            {slot: s["keys"] for slot, s in self.slots.items()},
-            {slot: s["counts"] for slot, s in self.slots.items()},
-        )
+        """Write the content to a .npz file."""
+        keys = {name: slot.keys for name, slot in self.slots.items()}
+        write(path, keys, {name: slot.counts for name, slot in self.slots.items()})
 
     def load(self, path):
         """Replace the content by that of a file. Raises ValueError if it is damaged."""
-        self.slots = {slot: {"keys": keys, "counts": counts} for slot, keys, counts in read(path)}
+        self.slots = {name: StateSlot(keys, counts) for name, keys, counts in read(path)}
 
 
-def write(path, keys, values):
-    """One .npz without pickle: the keys of all slots one after another, and the rest as JSON bytes."""
-    meta = [[slot, len(k), values[slot]] for slot, k in keys.items()]
-    blob = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    rows = np.vstack(list(keys.values())) if keys else np.zeros((0, 0), np.float32)
+def write(path, keys, rest):
+    """One .npz without pickle: the keys of all slots one after another, and the rest as JSON."""
+    meta = [[name, len(slot_keys), rest[name]] for name, slot_keys in keys.items()]
+    stacked = np.vstack(list(keys.values())) if keys else np.empty((0, 0), np.float32)
     with open(f"{path}.tmp", "wb") as file:
-        np.savez_compressed(file, keys=rows, meta=blob)
+        blob = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+        np.savez_compressed(file, keys=stacked, meta=blob)
     os.replace(f"{path}.tmp", path)  # a reader never sees half a file
 
 
 def read(path):
-    """Yield (slot, keys [n, d], values) of a file that `write` made."""
+    """[(slot, keys [n, d], rest)] of a file that `write` made."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            rows, meta = file["keys"], json.loads(file["meta"].tobytes())
-        ends = np.cumsum([n for _, n, _ in meta], dtype=int)
-        if len(rows) != (ends[-1] if meta else 0):
+            stacked = file["keys"]
+            meta = json.loads(file["meta"].tobytes())
+        slots = []
+        first = 0
+        for name, count, rest in meta:
+            slots.append((name, stacked[first : first + count], rest))
+            first += count
+        if first != len(stacked):
             raise ValueError("its parts do not fit together")
-        return [(slot, rows[end - n : end], values) for (slot, n, values), end in zip(meta, ends)]
+        return slots
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise ValueError(
-            f"{path}: damaged or missing memory file ({error}); resume from an older checkpoint"
-        ) from error
+        raise ValueError(f"{path}: damaged or missing memory file ({error})") from error
 
 
 def embedder(name="hashing"):
-    """A function `embed(texts) -> [n, d]` float32 whose rows are unit vectors (a text without words: zeros).
+    """A function `embed(texts) -> [n, d]` float32 of unit vectors (a text without words: zeros).
 
-    "hashing": words and word pairs hashed into 1,024 dimensions, no download. Otherwise a hub id or folder of a
-    sentence encoder, mean-pooled; the paper uses sentence-transformers/all-MiniLM-L6-v2.
+    "hashing": words and word pairs hashed into 1,024 dimensions, no download. Otherwise a hub id or
+    folder of a sentence encoder, mean-pooled; the paper's is sentence-transformers/all-MiniLM-L6-v2.
     """
     if name == "hashing":
         from sklearn.feature_extraction.text import HashingVectorizer
@@ -155,38 +201,41 @@ def embedder(name="hashing"):
             ngram_range=(1, 2),
             norm="l2",
             dtype=np.float32,
-            token_pattern=r"(?u)\b\w+\b",
-        )  # single characters count: "5 degrees"
-        return lambda texts: (
-            vectorizer.transform(texts).toarray() if texts else np.zeros((0, 1024), np.float32)
+            token_pattern=r"(?u)\b\w+\b",  # single characters count: "5 degrees"
         )
 
+        def embed(texts):
+            if not texts:
+                return np.empty((0, 1024), np.float32)
+            return vectorizer.transform(texts).toarray()
+
+        return embed
+    return sentence_encoder(name)
+
+
+def sentence_encoder(name):
+    """`embed` by a transformer. Raises ValueError if it cannot be loaded."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer, model = (
-            AutoTokenizer.from_pretrained(name),
-            AutoModel.from_pretrained(name).eval(),
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name).eval()
     except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"--embedder {name}: could not be loaded ({(str(error).splitlines() or [''])[0]}); "
+            f"--embedder {name}: could not be loaded ({reason}); "
             "use hashing, or a hub id or folder of a sentence encoder"
         ) from error
 
     @torch.no_grad()
     def embed(texts):
         if not texts:
-            return np.zeros((0, model.config.hidden_size), np.float32)
+            return np.empty((0, model.config.hidden_size), np.float32)
         batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        states = model(**batch).last_hidden_state  # [n, L, d]
         weight = batch["attention_mask"][..., None].float()  # [n, L, 1]
-        mean = (model(**batch).last_hidden_state * weight).sum(1) / weight.sum(1)
+        mean = (states * weight).sum(1) / weight.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1).numpy()
 
     return embed
-
-
-def embed(texts):
-    """The default embedder: texts -> [n, 1024] unit rows."""
-    return embedder()(texts)

@@ -17,7 +17,9 @@ class Row:
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)  # in the pair's own sequence
     ends: list[int] = field(default_factory=list)  # where the descendants of a token end
-    spans: list[tuple] = field(default_factory=list)  # (start, pair): ids[start:] begin with its action
+    spans: list[tuple] = field(
+        default_factory=list
+    )  # (start, pair): ids[start:] begin with its action
 
     def is_sequence(self):
         """Does every token see all before it? Then attention needs no mask."""
@@ -100,7 +102,43 @@ def micro_batches(rows, most_tokens):
         yield batch
 
 
-def stack(lists, padding, device):
-    """[B, L] tensor of lists of different lengths, padded on the right."""
-    width = max(map(len, lists))
-    return torch.tensor([row + [padding] * (width - len(row)) for row in lists], device=device)
+@dataclass
+class Batch:
+    """Rows side by side, padded on the right; all tensors [B, L] but `visible`."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor  # bool, True on action tokens
+    old_logps: torch.Tensor  # 0 outside the mask
+    advantages: torch.Tensor  # 0 outside the mask
+    positions: torch.Tensor | None  # None: every row is a plain sequence
+    visible: torch.Tensor | None  # bool [B, L, L] (query, key), or None
+
+
+def collate(rows, device="cpu"):
+    """The tensors of a micro-batch."""
+    width = max(len(row.ids) for row in rows)
+    shape = (len(rows), width)
+    ids = torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(shape, dtype=torch.long)
+    ends = torch.full(shape, width)  # padding stands behind all that counts, and sees itself
+    mask = torch.zeros(shape, dtype=torch.bool)
+    old_logps = torch.zeros(shape)
+    advantages = torch.zeros(shape)
+    for b, row in enumerate(rows):
+        length = len(row.ids)
+        ids[b, :length] = torch.tensor(row.ids)
+        positions[b, :length] = torch.tensor(row.positions)
+        ends[b, :length] = torch.tensor(row.ends)
+        for start, pair in row.spans:
+            action = slice(start, start + len(pair.action))
+            mask[b, action] = True
+            advantages[b, action] = pair.advantage
+            if pair.old_logps is not None:
+                old_logps[b, action] = torch.tensor(pair.old_logps)
+    ids, mask, old_logps, advantages = (
+        tensor.to(device) for tensor in (ids, mask, old_logps, advantages)
+    )
+    if all(row.is_sequence() for row in rows):
+        return Batch(ids, mask, old_logps, advantages, None, None)
+    visible = visibility(ends.to(device))
+    return Batch(ids, mask, old_logps, advantages, positions.to(device), visible)

@@ -1,10 +1,12 @@
-"""A run on disk: hardware defaults, loading, checkpoints."""
+"""A run on disk: hardware defaults, loading policy and environments, checkpoints, logs."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,69 +17,75 @@ import memory
 from policy import Policy, card_memory, first_line
 from settings import Settings
 
-STANDIN = Path(__file__).parent / "standin"
+ROOT = Path(__file__).parent
+LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
+# What may change on --resume, beside a larger --iterations.
+RESUMABLE = (
+    "rollout_batch",
+    "micro_tokens",
+    "load_in_4bit",
+    "save_every",
+    "keep_checkpoints",
+    "report_to",
+)
 
 
-@dataclasses.dataclass
-class Parts:
-    """What a checkpoint holds."""
-
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    tips: memory.TipMemory
-    novelty: memory.NoveltyStore
-
-
-# --- Setting up -------------------------------------------------------------------------------------------------
+# --- Setting up -----------------------------------------------------------------------------------
 def hardware_defaults(s):
-    """Fill in what was left to the hardware; returns (settings, one line of reason per value)."""
-    cuda = torch.cuda.is_available()
-    where = f"{torch.cuda.get_device_name()}, {card_memory():.0f} GB" if cuda else "no GPU"
-    # Beside 7B in 4-bit on a 24 GB card; in bf16 on 48 GB; in bf16 on 80 GB and more.
-    rollout_batch, micro_tokens = (
-        (64, 16384)
-        if not cuda
-        else (
-            (32, 6144) if card_memory() < 30 else (64, 6144) if card_memory() < 60 else (128, 16384)
-        )
-    )
-    choices = {
-        "model": ("Qwen/Qwen2.5-7B-Instruct", "the paper's model")
-        if cuda
-        else (
-            "standin",
-            "a tiny stand-in for a language model, to see the loop work; its scores are no result",
-        ),
-        "tasks_per_iteration": (16, "the paper's") if cuda else (1, "a small iteration for a CPU"),
-        "iterations": (200, "the paper's 200-250") if cuda else (10, "a few minutes"),
-        "learning_rate": (1e-5, "usual for LoRA at 7B") if cuda else (1e-3, "for a tiny model"),
-        "rollout_batch": (rollout_batch, "as many dialogues as fit"),
-        "micro_tokens": (micro_tokens, "as many tokens as fit"),
-        "load_in_4bit": (
-            cuda and card_memory() < 30,
-            "4-bit is slower, and needed up to 24 GB only",
-        ),
-        "run_dir": (
-            f"runs/{s.env}-{'+'.join(s.tasks[:3])}{'' if s.preset == 'empo2' else '-' + s.preset}-{s.seed}",
-            "from environment, tasks, preset and seed",
-        ),
-    }
-    chosen = {name: value for name, (value, _) in choices.items() if getattr(s, name) is None}
-    reasons = [
-        f"  {name} = {value}  ({where}: {choices[name][1]})" for name, value in chosen.items()
-    ]
+    """Fill in what was left to the hardware -> (settings, a line of reason per value)."""
+    if torch.cuda.is_available():
+        gigabytes = card_memory()
+        where = f"{torch.cuda.get_device_name()}, {gigabytes:.0f} GB"
+        choices = {
+            "model": ("Qwen/Qwen2.5-7B-Instruct", "the paper's model"),
+            "tasks_per_iteration": (16, "the paper's"),
+            "iterations": (200, "the paper's 200-250"),
+            "learning_rate": (1e-5, "usual for LoRA at 7B"),
+            "rollout_batch": (128, "as many dialogues as fit"),
+            "micro_tokens": (16384, "as many tokens as fit"),
+            "load_in_4bit": (gigabytes < 30, "4-bit is slower, and needed up to 24 GB only"),
+        }
+        if gigabytes < 60:
+            choices["rollout_batch"] = (64, "as many dialogues as fit")
+            choices["micro_tokens"] = (6144, "as many tokens as fit")
+        if gigabytes < 30:
+            choices["rollout_batch"] = (32, "as many dialogues as fit")
+    else:
+        where = "no GPU"
+        choices = {
+            "model": ("standin", "a tiny stand-in for a language model; its scores are no result"),
+            "tasks_per_iteration": (1, "a small iteration for a CPU"),
+            "iterations": (10, "a few minutes"),
+            "learning_rate": (1e-3, "for a tiny model"),
+            "rollout_batch": (64, "more than are played"),
+            "micro_tokens": (16384, "little memory is needed"),
+            "load_in_4bit": (False, "slower, and little memory is needed"),
+        }
+    tasks = s.tasks or envs.env_class(s.env).DEFAULT_TASKS
+    name = f"{s.env}-{'+'.join(tasks[:3])}-{s.seed}"
+    if s.preset != "empo2":
+        name = f"{s.env}-{'+'.join(tasks[:3])}-{s.preset}-{s.seed}"
+    choices["run_dir"] = (f"runs/{name}", "from environment, tasks, preset and seed")
+    chosen = {"tasks": tasks}
+    reasons = []
+    for setting, (value, why) in choices.items():
+        if getattr(s, setting) is None:
+            chosen[setting] = value
+            reasons.append(f"  {setting} = {value}  ({where}: {why})")
     return dataclasses.replace(s, **chosen), reasons
 
 
 def load_policy(s, adapter=None):
-    standin = STANDIN / "house" if s.env == "house" else STANDIN
+    """The policy of the settings. Raises ValueError if it cannot hold --context."""
+    name = s.model
+    if name == "standin":
+        name = str(ROOT / "standin" / s.env)
     policy = Policy.load(
-        str(standin) if s.model == "standin" else s.model,
+        name,
         adapter=adapter,
         load_in_4bit=s.load_in_4bit,
         lora_r=s.lora_r,
         lora_alpha=s.lora_alpha,
-        temperature=s.temperature,
         seed=s.seed,
     )
     longest = s.context + 2 * s.tip_tokens + 256  # a tip is written after the whole dialogue
@@ -89,187 +97,178 @@ def load_policy(s, adapter=None):
     return policy
 
 
-def env_options(s):
-    """The environment's options: the three named settings where given, and name=value pairs."""
-    options = {
-        name: getattr(s, name)
-        for name in ("step_limit", "shots", "action_correction")
-        if getattr(s, name)
-    }
+def make_env(s):
+    """One environment, with the options that the settings give."""
+    options = {}
+    for name in ("step_limit", "shots", "action_correction"):
+        if getattr(s, name):
+            options[name] = getattr(s, name)
     for pair in s.env_options:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--env_options {pair}: write name=value")
+            raise ValueError(f"--env-options {pair}: write name=value")
         try:
             options[name] = json.loads(value.lower())
         except json.JSONDecodeError:
             options[name] = value
-    return options
-
-
-def make_envs(s, split="train"):
-    """(one environment per episode played side by side, the (task, variation) pairs that are trained on)"""
-    options = env_options(s)
-    first = envs.make(s.env, **options)
-    pool = task_pool(first, s.tasks, split, s.variations)
-    rows = min(s.rollout_batch, (s.tasks_per_iteration or len(pool)) * s.group_size)
-    return [first] + [envs.make(s.env, **options) for _ in range(rows - 1)], pool
+    return envs.make(s.env, **options)
 
 
 def task_pool(env, tasks, split, variations):
+    """[(task, variation)]: the first variations of a split, of each task."""
     return [(task, v) for task in tasks for v in env.variations(task, split)[:variations]]
 
 
-def draw_jobs(pool, s, rng):
-    """B tasks, N episodes of each; every task of the pool once before any comes again."""
-    order = [
-        i for _ in range(-(-s.tasks_per_iteration // len(pool))) for i in rng.permutation(len(pool))
-    ]
-    return [
-        (*pool[i], group)
-        for group, i in enumerate(order[: s.tasks_per_iteration])
-        for _ in range(s.group_size)
-    ]
+def make_memory(s):
+    """An empty tip memory."""
+    return memory.TipMemory(s.memory_capacity, s.tip_threshold, s.max_tips, s.tip_rank)
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------
-LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
-# What may change on --resume.
-RESUMABLE = (
-    "rollout_batch",
-    "micro_tokens",
-    "load_in_4bit",
-    "save_every",
-    "keep_checkpoints",
-    "report_to",
-)
+# --- Checkpoints ----------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Learner:
+    """All that a checkpoint holds."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    tip_memory: memory.TipMemory
+    novelty: memory.NoveltyStore
+    episodes: int = 0  # played in training so far
+    seconds: float = 0.0  # of training so far
+    best: tuple = (None, None)  # score and iteration of the best evaluation, the later of equals
 
 
-def save_checkpoint(run_dir, iteration, parts, s):
-    """Write checkpoint-N whole or not at all, then drop the oldest ones, but not the best evaluated one."""
-    final, folder = run_dir / f"checkpoint-{iteration}", run_dir / f"checkpoint-{iteration}.tmp"
+@contextmanager
+def locked(run_dir):
+    """Create the directory if need be, and hold it for this process.
+
+    Raises ValueError if another process holds it. A directory that stays empty is removed.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{run_dir}: another process is at work here") from None
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            run_dir.rmdir()
+
+
+def checkpoints(run_dir):
+    """Iterations of the run's checkpoints, oldest first."""
+    numbers = [path.name.removeprefix("checkpoint-") for path in run_dir.glob("checkpoint-*")]
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def save_checkpoint(run_dir, iteration, learner, s):
+    """Write checkpoint-N whole or not at all, then drop old ones.
+
+    The newest `keep_checkpoints` are kept, and the one that was evaluated best.
+    """
+    final = run_dir / f"checkpoint-{iteration}"
+    folder = run_dir / f"checkpoint-{iteration}.tmp"
     if final.exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir()
-        parts.policy.save(folder)
-        torch.save(parts.optimizer.state_dict(), folder / "optimizer.pt")
-        parts.tips.save(folder / "tips.npz")
-        parts.novelty.save(folder / "novelty.npz")
-        logs = {log: ((run_dir / log).stat().st_size, sha256(run_dir / log)) for log in LOGS}
-        (folder / "state.json").write_text(
-            json.dumps(
-                {
-                    "iteration": iteration,
-                    "logs": logs,
-                    "files": {path.name: sha256(path) for path in folder.iterdir()},
-                    "settings": dataclasses.asdict(s),
-                    "tokenizer": parts.policy.fingerprint(),
-                }
-            )
-        )
+        learner.policy.save(folder)
+        torch.save(learner.optimizer.state_dict(), folder / "optimizer.pt")
+        learner.tip_memory.save(folder / "tips.npz")
+        learner.novelty.save(folder / "novelty.npz")
+        state = {
+            "iteration": iteration,
+            "settings": dataclasses.asdict(s),
+            "tokenizer": learner.policy.fingerprint(),
+            "episodes": learner.episodes,
+            "seconds": learner.seconds,
+            "best": learner.best,
+            "logs": {log: (run_dir / log).stat().st_size for log in LOGS},
+            "files": {path.name: sha256(path) for path in folder.iterdir()},
+        }
+        (folder / "state.json").write_text(json.dumps(state))
         os.rename(folder, final)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # each library has its own words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # words for a full disk
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
             f"{final} could not be written; is the disk full? Those before it are intact "
             f"({first_line(error)})"
         ) from error
-    keep = {best_evaluated(run_dir), *checkpoints(run_dir)[-s.keep_checkpoints :]}
+    keep = {learner.best[1], *checkpoints(run_dir)[-s.keep_checkpoints :]}
     for old in set(checkpoints(run_dir)) - keep:
         shutil.rmtree(run_dir / f"checkpoint-{old}")
 
 
-def best_evaluated(run_dir):
-    """The iteration with the best tip-free score, the later one of equals; None without evaluations."""
-    evals = map(json.loads, (run_dir / "evals.jsonl").read_text(encoding="utf-8").splitlines())
-    return max(((e["score"], e["iteration"]) for e in evals), default=(0, None))[1]
-
-
-def sha256(path, size=None):
-    """Checksum of the first `size` bytes of a file (None: of all)."""
-    checksum, left = hashlib.sha256(), path.stat().st_size if size is None else size
+def sha256(path):
+    """Checksum of a file."""
     with open(path, "rb") as file:
-        while left and (part := file.read(min(left, 2**20))):
-            checksum.update(part)
-            left -= len(part)
-    return checksum.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checkpoints(run_dir):
-    """Iterations of the run's checkpoints, oldest first."""
-    return sorted(
-        int(p.name.split("-")[1])
-        for p in run_dir.glob("checkpoint-*")
-        if p.name.split("-")[1].isdigit()
-    )
-
-
-def read_settings(run_dir):
-    """Settings of a run. ValueError if the file is missing, damaged or of another version."""
-    try:
-        saved = json.loads((run_dir / "settings.json").read_text(encoding="utf-8"))
-        other = saved.keys() ^ {f.name for f in dataclasses.fields(Settings)}
-        if other:
-            raise ValueError(f"of another version: {', '.join(sorted(other))}")
-        return Settings(**saved)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{run_dir}/settings.json cannot be read ({error}); nothing to resume"
-        ) from error
-
-
-def verify(folder, s):
-    """The state of a checkpoint. ValueError unless its files are what was saved, by a run with the settings s."""
+def read_checkpoint(folder):
+    """(settings, state) of a checkpoint. Raises ValueError if a file of it is damaged."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for name, checksum in state["files"].items():
-            if sha256(folder / name) != checksum:
+        for name in ("adapter_model.safetensors", "optimizer.pt", "tips.npz", "novelty.npz"):
+            if sha256(folder / name) != state["files"][name]:
                 raise ValueError(f"{name} is not what was saved")
-        if (
-            not {"adapter_model.safetensors", "optimizer.pt", "tips.npz", "novelty.npz"}
-            <= state["files"].keys()
-        ):
-            raise ValueError("state.json names too few files")
         if folder.name != f"checkpoint-{state['iteration']}":
             raise ValueError(f"it is of iteration {state['iteration']}")
-        free = {"resume", "run_dir", "iterations", *RESUMABLE}
-        for name, value in dataclasses.asdict(s).items():
-            if name not in free and state["settings"][name] != value:
-                raise ValueError(
-                    f"made with --{name} {state['settings'][name]}, settings.json says {value}"
-                )
-        return state
+        other = state["settings"].keys() ^ {f.name for f in dataclasses.fields(Settings)}
+        if other:
+            raise ValueError(f"made by another version: {', '.join(sorted(other))}")
+        return Settings(**state["settings"]), state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder}: the checkpoint is damaged or of another run ({first_line(error)}); "
+            f"{folder}: the checkpoint is damaged or of another version ({first_line(error)}); "
             "delete it to resume from the one before"
         ) from error
 
 
-def load_checkpoint(run_dir, iteration, parts, s):
-    """Optimizer and memories of checkpoint-N, and the logs cut back to where they were then."""
+def load_checkpoint(run_dir, iteration, learner, s):
+    """Put optimizer, memories and counters back, and cut the logs to where they were then."""
     folder = run_dir / f"checkpoint-{iteration}"
-    state = verify(folder, s)
-    if state["tokenizer"] != parts.policy.fingerprint():
+    _, state = read_checkpoint(folder)
+    if state["tokenizer"] != learner.policy.fingerprint():
         raise ValueError(f"{s.model}: its tokenizer is not the one that {folder} was made with")
-    for log, (size, checksum) in state["logs"].items():
-        if not (run_dir / log).exists() or sha256(run_dir / log, size) != checksum:
-            raise ValueError(
-                f"{run_dir / log}: damaged, its beginning is not what it was at {folder.name}"
-            )
-    parts.tips.load(folder / "tips.npz")
-    parts.novelty.load(folder / "novelty.npz")
+    learner.tip_memory.load(folder / "tips.npz")
+    learner.novelty.load(folder / "novelty.npz")
     try:
-        parts.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        weights = torch.load(folder / "optimizer.pt", weights_only=True)
+        learner.optimizer.load_state_dict(weights)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise ValueError(
-            f"{folder / 'optimizer.pt'} cannot be read ({first_line(error)})"
-        ) from error
-    for log, (size, _) in state["logs"].items():
+        raise ValueError(f"{folder / 'optimizer.pt'}: unreadable ({first_line(error)})") from error
+    learner.episodes = state["episodes"]
+    learner.seconds = state["seconds"]
+    learner.best = tuple(state["best"])
+    for log in LOGS:
+        size = state["logs"][log]
+        if not (run_dir / log).exists() or (run_dir / log).stat().st_size < size:
+            raise ValueError(f"{run_dir / log}: it is shorter than at {folder.name}; put it back")
         os.truncate(run_dir / log, size)
+
+
+# --- Logs -----------------------------------------------------------------------------------------
+def append(path, lines):
+    """Add dicts to a JSON-lines file, which must exist: one that was removed shall be missed."""
+    with open(path, "r+", encoding="utf-8") as file:
+        file.seek(0, os.SEEK_END)
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def write_json(path, data):
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1))
+    os.replace(temporary, path)
+
+
+def records(path):
+    """The whole lines of a JSON-lines file, which may be growing; [] if it is absent."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,29 +1,26 @@
-"""EMPO² training: `python train.py --env scienceworld`. The loop in `train` is Algorithm 1; the rest is bookkeeping.
+"""EMPO² training: `python train.py --env scienceworld`. The loop in `train` is Algorithm 1.
 
 A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRESET-SEED):
   settings.json     every setting, with the defaults that the hardware decided
-  metrics.jsonl     one line per iteration (README: metric glossary)
+  metrics.jsonl     one line per iteration (docs/metrics.md)
   evals.jsonl       one line per tip-free evaluation on the test variations (--eval-every)
-  episodes.jsonl    every episode, readable: observations, tips, actions, modes, rewards, the tip written
-  checkpoint-N/     the state at the top of iteration N: the LoRA adapter (loads with peft), optimizer.pt,
-                    tips.npz, novelty.npz, state.json (with checksums); the newest ones, and the best evaluated one
-  nonfinite-N/      if iteration N met a loss or gradient that is not finite: what reproduces it (see `keep_evidence`)
+  episodes.jsonl    every episode, readable: observations, tips, actions, modes, rewards, its tip
+  checkpoint-N/     the state at the top of iteration N: the LoRA adapter (loads with peft),
+                    optimizer.pt, tips.npz, novelty.npz, state.json
+  nonfinite-N/      if iteration N met a gradient that is not finite: what reproduces it
 
   python train.py --env scienceworld --tasks find-plant find-animal --iterations 100
-  python train.py --env scienceworld --preset grpo --eval-every 10                        # a baseline, with its curve
-  python train.py --env house --env-options rooms=2                                       # no Java, milliseconds
-  python train.py --resume --run-dir runs/scienceworld-power-component-0                  # after a stop or crash
+  python train.py --env scienceworld --preset grpo --eval-every 10
+  python train.py --env house --env-options rooms=2
+  python train.py --resume --run-dir runs/scienceworld-power-component-0
 
-On --resume only --iterations may grow, and --rollout-batch, --micro-tokens, --load-in-4bit, --save-every,
---keep-checkpoints and --report-to may change (a smaller --rollout-batch draws other episodes).
+On --resume --iterations may grow, and --rollout-batch, --micro-tokens, --load-in-4bit,
+--save-every, --keep-checkpoints and --report-to may change.
 """
 
 import argparse
 import dataclasses
-import difflib
 import json
-import os
-import resource
 import shutil
 import signal
 import sys
@@ -41,406 +38,300 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 import empo2
-import envs
 import eval as evaluation
+import logs
 import memory
-from runs import (
-    LOGS,
-    RESUMABLE,
-    Parts,
-    checkpoints,
-    draw_jobs,
-    hardware_defaults,
-    load_checkpoint,
-    load_policy,
-    make_envs,
-    read_settings,
-    save_checkpoint,
-    task_pool,
-    verify,
-)
+import rollout
+import runs
+from envs import EnvFault, unknown
 from settings import PRESETS, Settings
 
 
 def train(s, run_dir, start=None):
     """Run the iterations from checkpoint `start` on (None: a new run). Returns how many are done."""
-    trackers = Accelerator(project_dir=run_dir)
-    trackers.log_with = filter_trackers(s.report_to, run_dir)  # none without --report-to
-    if s.report_to and not trackers.log_with:
-        raise ValueError(f"--report-to {s.report_to}: not installed; pip install {s.report_to}")
-    policy = load_policy(s, run_dir / f"checkpoint-{start}" if start is not None else None)
-    simulators, pool = make_envs(s)
-    eval_pool = task_pool(simulators[0], s.tasks, "test", s.eval_variations) if s.eval_every else []
-    for task, variation in (
-        pool + eval_pool
-    ):  # a prompt that is too long shows now, not in the night
-        empo2.open_turn(
-            policy,
-            empo2.begin(policy, simulators[0], (task, variation, 0), 0, envs.EnvFault),
-            [],
-            s,
-        )
+    trackers = make_trackers(s, run_dir)
+    folder = None if start is None else run_dir / f"checkpoint-{start}"
+    policy = runs.load_policy(s, folder)
+    envs, pool, eval_pool = make_envs(policy, s)
     embed = memory.embedder(s.embedder)
-    tips = memory.TipMemory(s.memory_capacity, s.tip_threshold, s.tips, s.tip_rank)
-    novelty = memory.NoveltyStore(s.novelty_threshold)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, weight_decay=0.0)
-    parts = Parts(policy, optimizer, tips, novelty)
-    if start is not None:
-        load_checkpoint(run_dir, start, parts, s)
-    start = start or 0
-    run_dir.mkdir(
-        parents=True, exist_ok=True
-    )  # not before everything is loaded: bad input leaves nothing behind
-    (run_dir / "settings.tmp").write_text(json.dumps(dataclasses.asdict(s), indent=1))
-    os.replace(run_dir / "settings.tmp", run_dir / "settings.json")
-    for log in LOGS if start == 0 else ():
-        (run_dir / log).touch()
-    trackers.init_trackers(
-        "empo2", {k: v if isinstance(v, (int, float)) else str(v) for k, v in vars(s).items()}
-    )
+    tip_memory = runs.make_memory(s)
+    novelty = memory.NoveltyStore(s.novelty_threshold)
+    learner = runs.Learner(policy, optimizer, tip_memory, novelty)
+    if start is None:
+        start = 0
+        for log in runs.LOGS:
+            (run_dir / log).touch()
+    else:
+        runs.load_checkpoint(run_dir, start, learner, s)
+    runs.write_json(run_dir / "settings.json", dataclasses.asdict(s))
     interrupted = finish_on_interrupt()
     shown = {}
-    with tqdm(
-        total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True
-    ) as bar:
-        for iteration in range(start, s.iterations + 1):
-            stop = iteration == s.iterations or bool(
-                interrupted
-            )  # asked once: what stops has been saved
-            evaluated = s.eval_every and (
-                iteration % s.eval_every == 0 or iteration == s.iterations
+    bar = tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True)
+    for iteration in range(start, s.iterations + 1):
+        stop = iteration == s.iterations or bool(interrupted)  # asked once: what stops is saved
+        due = s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations)
+        if iteration % s.save_every == 0 or stop or due:
+            runs.save_checkpoint(run_dir, iteration, learner, s)
+        if due and not interrupted:
+            result = log_evaluation(iteration, learner, envs, eval_pool, s, run_dir, bar)
+            trackers.log(
+                {f"eval_{name}": result[name] for name in ("score", "success")}, step=iteration
             )
-            if iteration % s.save_every == 0 or stop or evaluated:
-                save_checkpoint(run_dir, iteration, parts, s)
-            if evaluated and not interrupted:
-                result = log_evaluation(policy, simulators, eval_pool, iteration, s, run_dir, bar)
-                trackers.log(
-                    {f"eval_{name}": result[name] for name in ("score", "success")}, step=iteration
-                )
-                shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
-                bar.set_postfix(shown)
-            if stop:
-                break
-            # Each iteration has its own seeds, so a resumed run draws what the uninterrupted one would have drawn.
-            rng = np.random.default_rng([s.seed, iteration])
-            torch.manual_seed(int(rng.integers(2**62)))
-            clock = Clock(bar)
-            # --- Algorithm 1 ---
-            jobs, episodes, attempts = draw_jobs(pool, s, rng), [], 0
-            while not episodes:  # once, unless the simulators lose every single episode
-                attempts += 1
-                if attempts > 5:
-                    raise RuntimeError(
-                        "all episodes were lost to simulator faults five times in a row"
-                    )
-                for played in empo2.rollout(
-                    policy, simulators, jobs, tips, novelty, embed, s, rng, envs.EnvFault, clock
-                ):
-                    if s.memory_prob:
-                        empo2.write_tips(policy, played, tips, embed, s, clock)
-                    episodes += played
-            try:
-                learnt = (
-                    empo2.update(policy, optimizer, episodes, s, rng, clock)
-                    if s.learning_rate
-                    else {}
-                )
-            except empo2.NotFinite as error:
-                keep_evidence(run_dir, iteration, policy, s, error)
-                raise
-            # -------------------
-            metrics = {
-                "iteration": iteration,
-                **rollout_metrics(episodes, attempts * len(jobs), tips, novelty),
-                **learnt,
-                **clock.split(),
-            }
-            append(run_dir / "metrics.jsonl", [metrics])
-            trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
-            append(
-                run_dir / "episodes.jsonl",
-                [transcript(iteration, e, s.intrinsic_coef) for e in episodes],
-            )
-            bar.update()
-            shown |= {
-                "score": f"{metrics['score']:.1f}",
-                "best": f"{metrics['score_best']:.0f}",
-                "tips": len(tips),
-                "kl": f"{metrics.get('approx_kl', 0):.4f}",
-            }
+            shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
             bar.set_postfix(shown)
+        if stop:
+            break
+        clock = logs.Clock(bar)
+        # Each iteration has its own seed: a resumed run draws what the other would have drawn.
+        rng = np.random.default_rng([s.seed, iteration, 0])
+
+        # --- Algorithm 1 ---
+        jobs = draw_jobs(pool, s, rng)
+        episodes, dropped = explore(policy, envs, jobs, tip_memory, embed, s, rng, clock)
+        rollout.give_intrinsic_rewards(episodes, novelty, embed, s)
+        rollout.store_tips(episodes, tip_memory, embed, s)
+        learnt = {}
+        if s.learning_rate:
+            try:
+                learnt = empo2.update(policy, optimizer, episodes, s, rng, clock)
+            except empo2.NotFinite as error:
+                keep_evidence(run_dir, iteration, policy, episodes, s, error)
+                raise
+        # -------------------
+
+        metrics = {
+            "iteration": iteration,
+            **logs.rollout_metrics(episodes, dropped, learner),
+            **learnt,
+            **clock.metrics(),
+        }
+        learner.episodes += len(episodes)
+        learner.seconds += sum(clock.seconds.values())
+        runs.append(run_dir / "metrics.jsonl", [metrics])
+        trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
+        transcripts = [logs.transcript(iteration, e, s.intrinsic_coef) for e in episodes]
+        runs.append(run_dir / "episodes.jsonl", transcripts)
+        shown["score"] = f"{metrics['score']:.1f}"
+        shown["best"] = f"{metrics['score_best']:.0f}"
+        shown["tips shown"] = sum(len(t.tips) for e in episodes for t in e.turns)
+        bar.update()
+        bar.set_postfix(shown)
+    bar.close()
     trackers.end_training()
     return iteration
 
 
-# --- The record -------------------------------------------------------------------------------------------------
-def rollout_metrics(episodes, jobs, tips, novelty):
-    turns = [turn for e in episodes for turn in e.turns]
-    with_tips = [turn for turn in turns if turn.tips]
-    scores = [e.score for e in episodes]
-    return {
-        "score": float(np.mean(scores)),
-        "score_best": max(scores),
-        "score_std": float(np.std(scores)),
-        "success": float(np.mean([score == 100 for score in scores])),
-        "intrinsic": float(np.mean([sum(t.novelty for t in e.turns) for e in episodes])),
-        "episodes": len(episodes),
-        "episodes_dropped": jobs - len(episodes),
-        "turns": len(turns),
-        "context_full": sum(e.ended == "context full" for e in episodes),
-        "memory_turns": len(with_tips),
-        "tips_per_memory_turn": float(np.mean([len(t.texts["tips"]) for t in with_tips]))
-        if with_tips
-        else 0.0,
-        "tips_left_out": sum(t.texts["tips_left_out"] for t in turns),
-        "actions_cut": sum(t.texts["cut"] for t in turns),
-        "tips_cut": sum(e.tip_cut for e in episodes),
-        "memory_size": len(tips),
-        "distinct_states": len(novelty),
-        "score_with_memory": mean_or_none(
-            [e.score for e in episodes if any(t.tips for t in e.turns)]
-        ),
-        "score_without_memory": mean_or_none(
-            [e.score for e in episodes if not any(t.tips for t in e.turns)]
-        ),
-        "offpolicy_turns": sum(t.offpolicy for t in with_tips),
-        "onpolicy_memory_turns": sum(not t.offpolicy for t in with_tips),
-    }
+def draw_jobs(pool, s, rng):
+    """B tasks, N episodes of each; every task of the pool once before any comes again."""
+    order = []
+    while len(order) < s.tasks_per_iteration:
+        order += rng.permutation(len(pool)).tolist()
+    jobs = []
+    for group, index in enumerate(order[: s.tasks_per_iteration]):
+        for member in range(s.group_size):
+            jobs.append(rollout.Job(*pool[index], group, member))
+    return jobs
 
 
-def mean_or_none(values):
-    return float(np.mean(values)) if values else None
+def explore(policy, envs, jobs, tip_memory, embed, s, rng, clock):
+    """Roll out, and let tips be written while the keys and values of the dialogues are at hand.
+
+    Returns (episodes, number lost to simulator faults); once, unless all of them are lost.
+    """
+    dropped = 0
+    for _ in range(5):
+        episodes = []
+        waves = rollout.rollout(policy, envs, jobs, tip_memory, embed, s, rng, EnvFault, clock)
+        for wave in waves:
+            if s.memory_prob:
+                rollout.write_tips(policy, wave, s, clock)
+            episodes += wave
+        dropped += len(jobs) - len(episodes)
+        if episodes:
+            return episodes, dropped
+    raise RuntimeError("all episodes were lost to simulator faults five times in a row")
 
 
-def transcript(iteration, e, intrinsic_coef):
-    return {
-        "iteration": iteration,
-        "task": e.task,
-        "variation": e.variation,
-        "group": e.group,
-        "score": e.score,
-        "advantage": round(e.advantage, 4),
-        "return": round(empo2.intrinsic_return(e, intrinsic_coef), 4),
-        "ended": e.ended,
-        "tip": e.tip,
-        "tip_cut": e.tip_cut,
-        "task_text": e.task_text,
-        "turns": [
-            {
-                **turn.texts,
-                "reward": turn.reward,
-                "intrinsic": round(turn.novelty, 4),
-                "tokens": len(turn.action),
-                "mode": "memory" if turn.tips else "plain",
-                "update": "off-policy" if turn.offpolicy else "on-policy",
-            }
-            for turn in e.turns
-        ],
-    }
+# --- Setting up -----------------------------------------------------------------------------------
+def make_envs(policy, s):
+    """(one environment per lane, what is trained on, what is evaluated on).
+
+    A prompt that is too long for the context shows here, not in the night.
+    """
+    env = runs.make_env(s)
+    pool = runs.task_pool(env, s.tasks, "train", s.variations)
+    eval_pool = []
+    if s.eval_every:
+        eval_pool = runs.task_pool(env, s.tasks, "test", s.eval_variations)
+    for task, variation in pool + eval_pool:
+        job = rollout.Job(task, variation, 0, 0)
+        playing = rollout.begin(policy, env, job, None, 0, EnvFault)
+        rollout.open_turn(policy, playing, [], s)
+    lanes = min(s.rollout_batch, s.tasks_per_iteration * s.group_size)
+    return [env] + [runs.make_env(s) for _ in range(lanes - 1)], pool, eval_pool
 
 
-def log_evaluation(policy, simulators, pool, iteration, s, run_dir, bar):
-    """Evaluate tip-free and add a line to evals.jsonl: five figures per task, their means over tasks, seconds it took,
-    and the episodes and seconds of training so far. Each evaluation has its own seed, also after a resume."""
+def make_trackers(s, run_dir):
+    """accelerate's trackers: none without --report-to."""
+    trackers = Accelerator(project_dir=run_dir)
+    trackers.log_with = filter_trackers(s.report_to, run_dir)
+    if s.report_to and not trackers.log_with:
+        raise ValueError(f"--report-to {s.report_to}: not installed; pip install {s.report_to}")
+    config = {}
+    for name, value in vars(s).items():
+        config[name] = value if isinstance(value, (int, float)) else str(value)
+    trackers.init_trackers("empo2", config)
+    return trackers
+
+
+# --- The record -----------------------------------------------------------------------------------
+def log_evaluation(iteration, learner, envs, pool, s, run_dir, bar):
+    """Evaluate tip-free and add a line to evals.jsonl; it has its own seed, also after a resume."""
     since = time.perf_counter()
-    seed = int(np.random.default_rng([s.seed, iteration, 1]).integers(2**62))
-    table, _, dropped = evaluation.evaluate(
-        policy,
-        simulators,
-        pool,
-        s.eval_episodes,
-        s.eval_temperature,
-        s,
-        seed,
-        envs.EnvFault,
-        lambda phase, text: bar.set_description(f"EMPO² evaluation: {text}"),
+    rng = np.random.default_rng([s.seed, iteration, 1])
+
+    def progress(phase, text=""):
+        bar.set_description(f"EMPO² evaluation: {text}")
+
+    played = evaluation.evaluate(
+        learner.policy, envs, pool, s.eval_episodes, s, rng, progress=progress
     )
-    past = [json.loads(line) for line in open(run_dir / "metrics.jsonl")] if iteration else []
+    tasks = evaluation.table(played)
     result = {
         "iteration": iteration,
-        "score": float(np.mean([row["mean"] for row in table.values()])),
-        "success": float(np.mean([row["share_100"] for row in table.values()])),
-        "tasks": table,
-        "episodes_dropped": dropped,
-        "training_episodes": sum(m["episodes"] for m in past),
-        "seconds_training": round(
-            sum(v for m in past for k, v in m.items() if k.startswith("seconds_")), 2
-        ),
+        "score": float(np.mean([row["mean"] for row in tasks.values()])),
+        "success": float(np.mean([row["share_100"] for row in tasks.values()])),
+        "tasks": tasks,
+        "episodes_dropped": len(pool) * s.eval_episodes - len(played),
+        "training_episodes": learner.episodes,
+        "seconds_training": round(learner.seconds, 2),
         "seconds": round(time.perf_counter() - since, 2),
     }
-    append(run_dir / "evals.jsonl", [result])
+    runs.append(run_dir / "evals.jsonl", [result])
+    if learner.best[0] is None or result["score"] >= learner.best[0]:
+        learner.best = (result["score"], iteration)
     return result
 
 
-class Clock:
-    """Seconds spent in each phase; called with (phase, text), it shows both in the progress bar."""
+def keep_evidence(run_dir, iteration, policy, episodes, s, error):
+    """What reproduces a gradient that is not finite: adapter, training pairs of the step, episodes.
 
-    def __init__(self, bar):
-        self.bar, self.seconds, self.phase, self.since = bar, {}, "", time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def __call__(self, phase, text=""):
-        now = time.perf_counter()
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0) + now - self.since
-        self.phase, self.since = phase, now
-        self.bar.set_description(f"EMPO² {phase}: {text}" if phase else "EMPO²")
-
-    def split(self):
-        self("")
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if torch.cuda.is_available()
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-        return {f"seconds_{phase}": round(t, 2) for phase, t in self.seconds.items() if phase} | {
-            "peak_memory_gb": round(peak / 1e9, 3)
-        }
-
-
-def append(path, records):
-    with open(
-        path, "r+", encoding="utf-8"
-    ) as file:  # not "a": a file that was removed shall be missed
-        file.seek(0, os.SEEK_END)
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def keep_evidence(run_dir, iteration, policy, s, error):
-    """What reproduces a loss or gradient that is not finite: the adapter of that moment, the rows of that
-    micro-batch, and their episodes for `python view.py RUN/nonfinite-N`. To reproduce it:
-
-        s = train.read_settings(run_dir)
-        policy = train.load_policy(s, run_dir / "nonfinite-N")
-        rows = [empo2.Row(**row) for row in json.loads((run_dir / "nonfinite-N/rows.json").read_text())]
-        empo2.accumulate_gradient(policy, rows, s)  # its loss or grad_norm is not finite
+    s, _ = runs.read_checkpoint(run_dir / "checkpoint-N")
+    policy = runs.load_policy(s, run_dir / "nonfinite-N")
+    saved = json.loads((run_dir / "nonfinite-N/pairs.json").read_text())
+    rows = [empo2.pack([empo2.Pair(**pair)]) for pair in saved]
+    empo2.accumulate_gradient(policy, rows, s, 1)
     """
     folder = run_dir / f"nonfinite-{iteration}"
-    error.args = (f"iteration {iteration}: {error}; its episodes are in {folder}",)
+    error.args = (f"iteration {iteration}: {error}; what reproduces it is in {folder}",)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     policy.save(folder)
-    (folder / "rows.json").write_text(json.dumps([dataclasses.asdict(row) for row in error.rows]))
+    pairs = [dataclasses.asdict(pair) for pair in error.pairs]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
     (folder / "episodes.jsonl").touch()
-    append(
-        folder / "episodes.jsonl",
-        [transcript(iteration, e, s.intrinsic_coef) for e in error.episodes],
-    )
+    transcripts = [logs.transcript(iteration, e, s.intrinsic_coef) for e in episodes]
+    runs.append(folder / "episodes.jsonl", transcripts)
 
 
-# --- Command line -----------------------------------------------------------------------------------------------
-def names(argv):
-    """The settings that a command line gives."""
-    return {a.lstrip("-").split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
-
-
+# --- Command line ---------------------------------------------------------------------------------
 def parse(argv):
-    """(settings, run directory, checkpoint to start from, lines of what was decided) from the command line, where a
-    setting goes before the preset; on --resume from the run, which may only be made longer."""
+    """(settings, lines of what was decided). A setting given goes before the preset's.
+
+    Raises ValueError with one line for bad input.
+    """
     parser = HfArgumentParser(
         Settings,
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    s, unknown = parser.parse_args_into_dataclasses(
+    s, rest = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        close = difflib.get_close_matches(
-            unknown[0], list(parser._option_string_actions), cutoff=0.75
-        )
-        raise ValueError(
-            f"unknown setting {unknown[0]}; "
-            + (f"did you mean {close[0]}?" if close else "see --help")
-        )
-    given = names(argv)
-    preset = {name: value for name, value in PRESETS[s.preset].items() if name not in given}
-    s, reasons = hardware_defaults(dataclasses.replace(s, **preset))
-    notes = [f"preset {s.preset}:"] * bool(PRESETS[s.preset]) + [
-        f"  {name} = {value}"
-        if getattr(s, name) == value
-        else f"  {name} is not {value}: it was given as {getattr(s, name)}"
-        for name, value in PRESETS[s.preset].items()
-    ]
-    notes += ["decided by the hardware:", *reasons] if reasons else []
-    run_dir = Path(s.run_dir)
-    if not s.resume:
-        if run_dir.exists() and {path.name for path in run_dir.iterdir()} - {
-            "settings.tmp",
-            "error.log",
-        }:
-            raise ValueError(
-                f"{run_dir} exists; --resume continues it, --run_dir NAME starts another run"
-            )
-        return s, run_dir, None, notes
-    saved = read_settings(run_dir)
-    free = {name: getattr(s, name) for name in given & {"iterations", *RESUMABLE}}
-    changed = sorted(
-        n
-        for n in given - {"resume", "run_dir", *free}
-        if getattr(s, n, None) != getattr(saved, n, None)
-    )
-    if changed:
-        raise ValueError(
-            f"--resume continues with the run's own settings; {', '.join(changed)} cannot change"
-        )
-    start, notes = (checkpoints(run_dir) or [None])[-1], []
-    s = dataclasses.replace(saved, resume=True, run_dir=str(run_dir), **free)
-    if start is not None:
-        before = verify(run_dir / f"checkpoint-{start}", saved)["settings"]
-        notes = [
-            f"since checkpoint-{start}: {name} = {getattr(s, name)}, it was {before[name]}"
-            for name in ("iterations", *RESUMABLE)
-            if getattr(s, name) != before[name]
-        ]
-    elif any((run_dir / log).exists() and (run_dir / log).stat().st_size for log in LOGS):
+    if rest:
+        flags = [flag for flag in parser._option_string_actions if "_" not in flag]
+        raise unknown("setting", rest[0], flags)
+    preset = {}
+    notes = []
+    for name, value in PRESETS[s.preset].items():
+        if name not in given(argv):
+            preset[name] = value
+            notes.append(f"preset {s.preset}: {name} = {value}")
+    s, reasons = runs.hardware_defaults(dataclasses.replace(s, **preset))
+    if reasons:
+        notes += ["decided by the hardware:", *reasons]
+    return s, notes
+
+
+def given(argv):
+    """Names of the settings that a command line gives."""
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
+
+
+def continue_run(run_dir, s, names):
+    """(the run's own settings, its newest checkpoint); `names` are those given on --resume."""
+    saved_checkpoints = runs.checkpoints(run_dir)
+    if not saved_checkpoints:
         raise ValueError(f"{run_dir} has no checkpoint; nothing to resume")
-    if s.iterations < (start or 0):
+    start = saved_checkpoints[-1]
+    saved, _ = runs.read_checkpoint(run_dir / f"checkpoint-{start}")
+    free = {name: getattr(s, name) for name in names & {"iterations", *runs.RESUMABLE}}
+    for name in names - {"resume", "run_dir", *free}:
+        if getattr(s, name) != getattr(saved, name):
+            raise ValueError(f"--resume continues with the run's own settings; {name} cannot change")
+    if free.get("iterations", start) < start:
         raise ValueError(
             f"{run_dir} has {start} iterations already; --iterations can only make it longer"
         )
-    return s, run_dir, start, notes
+    return dataclasses.replace(saved, resume=True, run_dir=str(run_dir), **free), start
 
 
 def finish_on_interrupt():
-    """A list that becomes non-empty on Ctrl-C, so that the running iteration can finish; a second one stops now."""
-    pressed = []
+    """A list that fills on Ctrl-C or SIGTERM, so that the iteration can finish; a second one stops."""
+    received = []
 
     def handler(signum, frame):
-        if pressed:
+        if received:
             raise KeyboardInterrupt
-        pressed.append(signum)
-        tqdm.write(
-            "Ctrl-C: finishing this iteration, then saving. Again to stop now (this iteration is lost)."
-        )
+        received.append(signum)
+        tqdm.write("Finishing this iteration, then saving. Ctrl-C again stops now and loses it.")
 
     signal.signal(signal.SIGINT, handler)
-    return pressed
+    signal.signal(signal.SIGTERM, handler)
+    return received
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     run_dir = None
     try:
-        s, run_dir, start, notes = parse(sys.argv[1:] if argv is None else argv)
-        if notes:
-            print(*notes, sep="\n")
-        done = train(s, run_dir, start)
-        print(
-            f"{done} of {s.iterations} iterations are in {run_dir}; python eval.py {run_dir} evaluates it"
-        )
+        s, notes = parse(argv)
+        run_dir = Path(s.run_dir)
+        if s.resume and not run_dir.is_dir():
+            raise ValueError(f"{run_dir} does not exist; nothing to resume")
+        with runs.locked(run_dir):
+            start = None
+            if s.resume:
+                s, start = continue_run(run_dir, s, given(argv))
+            elif runs.checkpoints(run_dir):
+                raise ValueError(f"{run_dir} exists; --resume continues it, --run-dir takes another")
+            else:
+                print(*notes, sep="\n")
+            done = train(s, run_dir, start)
+        print(f"{done} of {s.iterations} iterations are in {run_dir}")
+        print(f"evaluate it: python eval.py {run_dir}")
     except KeyboardInterrupt:
-        print(
-            f"\nstopped; continue with: python train.py --resume --run_dir {run_dir}",
-            file=sys.stderr,
-        )
+        print(f"\nstopped; python train.py --resume --run-dir {run_dir} continues", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
         print(
-            "train.py: out of GPU memory; lower --micro_tokens (update) or --rollout_batch (rollout), or use "
-            f"--load_in_4bit, then: python train.py --resume --run_dir {run_dir}",
+            "train.py: out of GPU memory; lower --micro-tokens (update) or --rollout-batch "
+            f"(rollout), or use --load-in-4bit, then: train.py --resume --run-dir {run_dir}",
             file=sys.stderr,
         )
         return 1
@@ -452,6 +343,7 @@ def main(argv=None):
         return 2
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
 
 

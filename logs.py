@@ -1,0 +1,106 @@
+"""What a run records of an iteration: metrics, transcripts, seconds."""
+
+import resource
+import time
+
+import numpy as np
+import torch
+
+from empo2 import intrinsic_return
+
+
+def rollout_metrics(episodes, dropped, learner):
+    """What is known after rolling out; docs/metrics.md says what each name means."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    with_tips = [turn for turn in turns if turn.tips]
+    scores = [episode.score for episode in episodes]
+    told = []
+    untold = []
+    for episode in episodes:
+        group = told if any(turn.tips for turn in episode.turns) else untold
+        group.append(episode.score)
+    return {
+        "score": float(np.mean(scores)),
+        "score_best": max(scores),
+        "score_std": float(np.std(scores)),
+        "success": float(np.mean([score == 100 for score in scores])),
+        "score_with_memory": float(np.mean(told)) if told else None,
+        "score_without_memory": float(np.mean(untold)) if untold else None,
+        "intrinsic": sum(turn.novelty for turn in turns) / len(episodes),
+        "episodes": len(episodes),
+        "episodes_dropped": dropped,
+        "turns": len(turns),
+        "context_full": sum(episode.ended == "context full" for episode in episodes),
+        "memory_turns": len(with_tips),
+        "tips_per_memory_turn": float(np.mean([len(turn.tips) for turn in with_tips] or [0])),
+        "tips_left_out": sum(turn.tips_left_out for turn in turns),
+        "actions_cut": sum(turn.action_cut for turn in turns),
+        "tips_cut": sum(episode.tip_cut for episode in episodes),
+        "memory_size": len(learner.tip_memory),
+        "distinct_states": len(learner.novelty),
+        "offpolicy_turns": sum(turn.offpolicy for turn in with_tips),
+        "onpolicy_memory_turns": sum(not turn.offpolicy for turn in with_tips),
+    }
+
+
+def transcript(iteration, episode, intrinsic_coef):
+    """An episode for people."""
+    turns = []
+    for turn in episode.turns:
+        turns.append(
+            {
+                "observation": turn.observation,
+                "tips": turn.tips,
+                "tips_left_out": turn.tips_left_out,
+                "action": turn.action,
+                "action_cut": turn.action_cut,
+                "next_observation": turn.next_observation,
+                "reward": turn.reward,
+                "novelty": round(turn.novelty, 4),
+                "advantage": round(turn.advantage, 4),
+                "tokens": len(turn.action_ids),
+                "mode": "memory" if turn.tips else "plain",
+                "update": "off-policy" if turn.offpolicy else "on-policy",
+            }
+        )
+    return {
+        "iteration": iteration,
+        **episode.job._asdict(),
+        "score": episode.score,
+        "return": round(intrinsic_return(episode, intrinsic_coef), 4),
+        "ended": episode.ended,
+        "tip": episode.tip,
+        "tip_cut": episode.tip_cut,
+        "task_text": episode.task_text,
+        "turns": turns,
+    }
+
+
+class Clock:
+    """Seconds spent in each phase; called with (phase, text), it shows both in the progress bar."""
+
+    def __init__(self, bar):
+        self.bar = bar
+        self.seconds = {}
+        self.phase = ""
+        self.since = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def __call__(self, phase, text=""):
+        now = time.perf_counter()
+        if self.phase:
+            self.seconds[self.phase] = self.seconds.get(self.phase, 0) + now - self.since
+        self.phase = phase
+        self.since = now
+        self.bar.set_description(f"EMPO² {phase} {text}".strip())
+
+    def metrics(self):
+        """Seconds by phase, and the peak of memory."""
+        self("")
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = {f"seconds_{phase}": round(t, 2) for phase, t in self.seconds.items()}
+        return {**seconds, "peak_memory_gb": round(peak / 1e9, 3)}

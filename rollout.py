@@ -1,0 +1,298 @@
+"""Explore (§4.1): roll out in two modes, write tips, give intrinsic rewards.
+
+A number in (n) is that of the choice at the top of empo2.py. This file is handed the policy, the
+environments and the memory, and imports none of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+
+# --- What flows through ---------------------------------------------------------------------------
+class Job(NamedTuple):
+    """An episode to be played."""
+
+    task: str
+    variation: int
+    group: int  # episodes with the same number are compared with each other
+    member: int  # which one of its group
+
+
+@dataclass
+class Turn:
+    """One turn, as token ids for the policy and as text for people and for the memory."""
+
+    observation: str  # o_t
+    observation_ids: list[int]  # closes the previous action, then the user message with o_t
+    tips: list[str] = field(default_factory=list)  # as shown
+    tip_ids: list[int] = field(default_factory=list)  # their message; empty = mode (1)
+    tips_left_out: int = 0  # retrieved, but the context had no room
+    action_ids: list[int] = field(default_factory=list)  # as sampled, with the end of turn
+    logps: list[float] = field(default_factory=list)  # of the sampler, under the prompt it had
+    action: str = ""  # as it was sent to the environment
+    action_cut: bool = False  # the token limit came before the end of turn
+    next_observation: str = ""  # o_{t+1}
+    reward: float = 0.0  # r_t: difference of scores, so rewards add up to the final score
+    novelty: float = 0.0  # r_int,t = 1/n of the state that the action led to, in (0, 1]
+    offpolicy: bool = False  # update mode of a memory turn: True = (b) without tips
+    advantage: float = 0.0  # set by `update`
+
+
+@dataclass
+class Episode:
+    """A dialogue between environment and policy."""
+
+    job: Job
+    rng: np.random.Generator  # all that is drawn for this episode, whoever plays beside it
+    lane: int  # which environment it plays in, and which dialogue of the key-value cache it is
+    task_text: str  # u
+    system_ids: list[int]  # the system message: task, formats, hints
+    header_ids: list[int]  # opens every action
+    turns: list[Turn] = field(default_factory=list)
+    score: float = 0.0  # final score, -100...100
+    ended: str = ""  # "completed", "step limit", "context full" or "lost"
+    tip: str = ""  # the policy's own summary of the episode
+    tip_cut: bool = False  # it was longer than may be
+
+    def prompt(self, t, with_tips):
+        """Ids that action t is conditioned on: the dialogue so far, and the tips of turn t.
+
+        >>> turns = [Turn("", [11], [], [91], 0, [21]), Turn("", [12], [], [92], 0, [22])]
+        >>> e = Episode(None, None, 0, "", system_ids=[1], header_ids=[5], turns=turns)
+        >>> e.prompt(1, False), e.prompt(1, True)  # (9) the tips of turn 0 are in neither
+        ([1, 11, 5, 21, 12, 5], [1, 11, 5, 21, 12, 92, 5])
+        """
+        ids = list(self.system_ids)
+        for earlier in self.turns[:t]:
+            ids += earlier.observation_ids + self.header_ids + earlier.action_ids
+        ids += self.turns[t].observation_ids
+        if with_tips:
+            ids += self.turns[t].tip_ids
+        return ids + self.header_ids
+
+
+# --- Rolling out (§4.1) ---------------------------------------------------------------------------
+TIPS_TEXT = "Tips from earlier attempts at this task:\n{}"
+TIP_REQUEST = (
+    "The episode is over. Your final score is {score:.0f} of 100. Write one tip for the next "
+    "attempt, as one sentence on one line of fewer than 100 words: what happened, what was learnt, "
+    "and how far the task was from being completed."
+)
+LOST = "lost"  # the simulator died: the episode is dropped, never scored
+
+
+def no_progress(phase, text=""):
+    """Show nothing."""
+
+
+def memory_slot(job, scope):
+    """(7) Name of the memory that an episode uses."""
+    if scope == "variation":
+        return f"{job.task}/{job.variation}"
+    return job.task if scope == "task" else "all"
+
+
+def memory_text(episode, observation, key):
+    """(6) What a state is stored under and looked up by."""
+    return f"{episode.task_text}\n{observation}" if key == "state" else episode.task_text
+
+
+@dataclass
+class Playing:
+    """An episode under way."""
+
+    episode: Episode
+    env: object
+    observation: str  # o_t
+    memory_mode: bool  # the mode, where it is drawn for the whole episode or batch
+
+
+def rollout(
+    policy, envs, jobs, memory, embed, s, rng, env_fault, progress=no_progress
+) -> Iterator[list[Episode]]:
+    """Play an episode per job, `len(envs)` side by side; yield each such wave, in the jobs' order.
+
+    When a wave is yielded the policy's cache still holds its dialogues. memory: a store with
+    `retrieve`. embed: texts -> [n, d] unit rows. rng: an episode's draws come from a generator
+    spawned from it, so neither the number of environments nor their order changes them.
+    env_fault: the exception of a simulator that died; its episode is left out.
+    Raises RuntimeError when a simulator cannot be started five times in a row.
+    """
+    batch_mode = rng.random() < s.memory_prob  # (1)
+    rngs = rng.spawn(len(jobs))
+    policy.forget()  # keys and values of other weights
+    for first in range(0, len(jobs), len(envs)):
+        progress("rollout", "loading")
+        live = []
+        for env, job, own_rng in zip(envs, jobs[first:], rngs[first:], strict=False):
+            playing = begin(policy, env, job, own_rng, len(live), env_fault)
+            playing.memory_mode = batch_mode
+            if s.mode_level == "episode":
+                playing.memory_mode = own_rng.random() < s.memory_prob
+            live.append(playing)
+        wave = [playing.episode for playing in live]
+        while live:
+            progress("rollout", f"turn {len(live[0].episode.turns) + 1}")
+            open_turns(policy, live, memory, embed, s)
+            live = [playing for playing in live if not playing.episode.ended]
+            sample_actions(policy, live, s)
+            for playing in live:
+                act(policy, playing, env_fault)
+            live = [playing for playing in live if not playing.episode.ended]
+        yield [episode for episode in wave if episode.ended != LOST]
+
+
+def begin(policy, env, job, rng, lane, env_fault):
+    """Reset the environment; a few tries, as a simulator may have to be built anew."""
+    for attempt in range(1, 6):
+        try:
+            observation, info = env.reset(job.task, job.variation)
+            break
+        except env_fault as fault:
+            if attempt == 5:
+                raise RuntimeError(
+                    f"the simulator failed to start five times in a row: {fault}"
+                ) from fault
+    system_ids = policy.message("system", info["prompt"])
+    episode = Episode(job, rng, lane, info["task"], system_ids, policy.header)
+    return Playing(episode, env, observation, False)
+
+
+def open_turns(policy, live, memory, embed, s):
+    """Draw the mode of each next turn, and retrieve tips for those with memory."""
+    asking = []
+    for playing in live:
+        if s.mode_level == "turn":  # (1)
+            playing.memory_mode = playing.episode.rng.random() < s.memory_prob
+        if playing.memory_mode:
+            asking.append(playing)
+    keys = embed([memory_text(p.episode, p.observation, s.memory_key) for p in asking])
+    retrieved = {}
+    for playing, key in zip(asking, keys, strict=True):
+        episode = playing.episode
+        retrieved[episode.lane] = memory.retrieve(key, memory_slot(episode.job, s.memory_scope))
+    for playing in live:
+        open_turn(policy, playing, retrieved.get(playing.episode.lane, []), s)
+
+
+def open_turn(policy, playing, tips, s):
+    """Add the next turn, with as many of the tips as the context has room for; or end the episode.
+
+    Raises ValueError if there is no room for even the first turn.
+    """
+    episode = playing.episode
+    observation_ids = policy.message("user", playing.observation)
+    if episode.turns:
+        observation_ids = policy.closing(episode.turns[-1].action_ids) + observation_ids
+    turn = Turn(playing.observation, observation_ids)
+    episode.turns.append(turn)
+    room = s.context - s.action_tokens - len(episode.prompt(-1, with_tips=False))
+    if room < 0:
+        episode.turns.pop()
+        if not episode.turns:
+            raise ValueError(
+                f"--context {s.context} has no room for even one turn of {episode.job.task} "
+                f"({-room} tokens short); raise it"
+            )
+        episode.ended = "context full"
+        return
+    turn.tips = tips
+    while turn.tips and len(tips_message(policy, turn.tips)) > room:
+        turn.tips = turn.tips[:-1]  # the lowest-ranked give way
+    turn.tips_left_out = len(tips) - len(turn.tips)
+    if turn.tips:
+        turn.tip_ids = tips_message(policy, turn.tips)
+
+
+def tips_message(policy, tips):
+    """Ids of the message that shows the tips."""
+    return policy.message("user", TIPS_TEXT.format("\n".join(f"- {tip}" for tip in tips)))
+
+
+def sample_actions(policy, live, s):
+    """Sample the action of each open turn."""
+    episodes = [playing.episode for playing in live]
+    prompts = [episode.prompt(-1, with_tips=True) for episode in episodes]
+    actions, logps = sample(policy, episodes, prompts, s.action_tokens, s.temperature)
+    for episode, action_ids, action_logps in zip(episodes, actions, logps, strict=True):
+        turn = episode.turns[-1]
+        turn.action_ids = action_ids
+        turn.logps = action_logps
+        turn.action_cut = action_ids[-1] not in policy.stop_ids
+
+
+def sample(policy, episodes, prompts, max_tokens, temperature):
+    """Continue the dialogues of these episodes: ids and log-probs of each."""
+    uniforms = [episode.rng.random(max_tokens) for episode in episodes]
+    lanes = [episode.lane for episode in episodes]
+    return policy.sample(prompts, uniforms, temperature, lanes)
+
+
+def act(policy, playing, env_fault):
+    """Send the sampled action to the environment."""
+    episode = playing.episode
+    turn = episode.turns[-1]
+    try:
+        step = playing.env.step(policy.decode(turn.action_ids))
+    except env_fault:
+        episode.ended = LOST
+        return
+    playing.observation, turn.reward, terminated, truncated, info = step
+    turn.action = info["action"]
+    turn.next_observation = playing.observation
+    episode.score = info["score"]
+    if terminated:
+        episode.ended = "completed"
+    elif truncated:
+        episode.ended = "step limit"
+
+
+# --- Tips and intrinsic reward (§4.1) -------------------------------------------------------------
+def write_tips(policy, episodes, s, progress=no_progress):
+    """The same policy sums each whole episode up in one sentence (8); the dialogue is tip-free.
+
+    At most 99 words are kept. The text is not trained on.
+    """
+    progress("tips", f"{len(episodes)} episodes")
+    prompts = []
+    for episode in episodes:
+        last = episode.turns[-1]
+        request = f"{last.next_observation}\n\n{TIP_REQUEST.format(score=episode.score)}"
+        ids = episode.prompt(-1, with_tips=False) + last.action_ids
+        ids += policy.closing(last.action_ids) + policy.message("user", request)
+        prompts.append(ids + policy.header)
+    answers, _ = sample(policy, episodes, prompts, s.tip_tokens, s.temperature)
+    for episode, answer in zip(episodes, answers, strict=True):
+        words = policy.decode(answer).split()
+        episode.tip = " ".join(words[:99])
+        episode.tip_cut = len(words) > 99 or answer[-1] not in policy.stop_ids
+
+
+def store_tips(episodes, memory, embed, s):
+    """Add the tips to M, once all episodes of the iteration are over (Alg. 1); empty ones are not."""
+    told = [episode for episode in episodes if episode.tip]
+    keys = embed([memory_text(e, e.turns[-1].next_observation, s.memory_key) for e in told])
+    for episode, key in zip(told, keys, strict=True):
+        slot = memory_slot(episode.job, s.memory_scope)
+        memory.add(key, episode.tip, episode.score, slot)
+
+
+def give_intrinsic_rewards(episodes, novelty, embed, s):
+    """r_int = 1/n of each state (4), for the turn whose action led there; then store the states.
+
+    The first state is met, too, and nobody's merit.
+    """
+    visits = []
+    for episode in episodes:
+        states = [episode.turns[0].observation]
+        states += [turn.next_observation for turn in episode.turns]
+        visits.append((embed(states), memory_slot(episode.job, s.memory_scope)))
+    for episode, (keys, slot) in zip(episodes, visits, strict=True):
+        rewards = novelty.rewards(keys, slot)
+        for turn, reward in zip(episode.turns, rewards[1:], strict=True):
+            turn.novelty = reward
+    for keys, slot in visits:
+        novelty.add(keys, slot)
