@@ -122,6 +122,13 @@ def start(run_dir, argv, env):
         )
 
 
+def last_words(log):
+    """The error in a run's log, also if a run that a killed sweep left goes on writing there."""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    errors = [line for line in lines[-20:] if line.startswith("train.py: ")]
+    return (errors or lines or ["no output"])[-1]
+
+
 def run_cells(out, cells, jobs, failed, save):
     """Run what is not finished; `failed` gets {name: why}, `save` is called after each cell."""
     env = os.environ | {"PYTHONUNBUFFERED": "1"}  # the log shall end with what was said last
@@ -129,13 +136,14 @@ def run_cells(out, cells, jobs, failed, save):
         env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     waiting = [name for name in cells if not report.finished(out / name)]
     print(f"{len(cells)} runs, {len(waiting)} of them to do, {jobs} at a time", flush=True)
+    for name in cells:
+        failed.pop(name, None)
     running = {}
     bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="runs", dynamic_ncols=True)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
-                failed.pop(name, None)
                 running[name] = start(out / name, cells[name], env)
                 bar.set_postfix_str(", ".join(running))
             time.sleep(0.2)
@@ -144,8 +152,8 @@ def run_cells(out, cells, jobs, failed, save):
                     continue
                 del running[name]
                 if not report.finished(out / name):
-                    log = (out / f"{name}.log").read_text(errors="replace").strip()
-                    failed[name] = f"exit code {process.returncode}: {log.splitlines()[-1]}"
+                    said = last_words(out / f"{name}.log")
+                    failed[name] = f"exit code {process.returncode}: {said}"
                     tqdm.write(f"{name} failed with {failed[name]}")
                 save()
                 bar.update()
