@@ -1,11 +1,10 @@
-"""sweep.py from the outside: what it leaves, what survives a kill, what is refused, what is reported.
+"""The sweep from the outside: what it starts, what survives a kill, what is refused and reported.
 
 pytest tests/test_sweep.py
 """
 
 import json
-import os
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,295 +13,249 @@ import time
 import pytest
 from conftest import ROOT
 
-import empo2
-import report
-import sweep
+import runs
+import train
+from experiments import paper, report, sweep
 
-SMALL = [
-    "--env",
-    "house",
-    "--env-options",
-    "rooms=1",
-    "step_limit=2",
-    "--group-size",
-    "2",
-    "--tasks-per-iteration",
-    "1",
-    "--action-tokens",
-    "3",
-    "--tip-tokens",
-    "4",
-    "--variations",
-    "1",
-    "--lora-r",
-    "2",
-    "--eval-every",
-    "2",
-    "--eval-variations",
-    "1",
-    "--eval-episodes",
-    "2",
-]
+# Plays train.py: keeps its arguments, holds the run's lock, waits for the file GO, and evaluates.
+FAKE = """
+import fcntl, json, pathlib, sys, time
+argv = sys.argv[1:]
+run_dir = pathlib.Path(argv[argv.index("--run-dir") + 1])
+if run_dir.parts[-3] == "broken":
+    sys.exit("train.py: a reason")
+run_dir.mkdir(parents=True, exist_ok=True)
+lock = open(run_dir / "lock", "w")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print("train.py: another process is at work", file=sys.stderr)
+    sys.exit(2)
+with open(run_dir / "starts", "a") as file:
+    file.write(json.dumps(argv) + chr(10))
+(run_dir / "settings.json").write_text(json.dumps({"iterations": 4}))
+try:
+    while not pathlib.Path("GO").exists():
+        time.sleep(0.02)
+        print("EMPO²", file=sys.stderr)
+except KeyboardInterrupt:
+    (run_dir / "saved").touch()
+    sys.exit(130)
+tasks = {run_dir.parts[-3]: {"share_100": 0.5, "mean": 30.0}}
+line = {"iteration": 4, "training_episodes": 8, "seconds": 1, "seconds_training": 2, "tasks": tasks}
+(run_dir / "evals.jsonl").write_text(json.dumps(line) + chr(10))
+"""
+SHARED = ["--", "--env", "house", "--iterations", "4", "--eval-every", "2", "--memory-prob", "0.5"]
 
 
-def arguments(out, checkpoint, *own, iterations=4):
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """A folder for sweeps of the fake, which ends at once if there is a file GO beside it."""
+    (tmp_path / "fake.py").write_text(FAKE.replace('"GO"', repr(str(tmp_path / "GO"))))
+    monkeypatch.setattr(sweep, "TRAIN", tmp_path / "fake.py")
+    return tmp_path / "out"
+
+
+def command(out, *own, presets=("grpo",), shared=SHARED):
     return [
         "--out",
         str(out),
+        "--tasks",
+        "radio",
+        "--seeds",
+        "0",
+        "--presets",
+        *presets,
         *own,
-        "--",
-        *SMALL,
-        "--model",
-        checkpoint,
-        "--iterations",
-        str(iterations),
+        *shared,
     ]
 
 
-def processes_in(folder):
-    """Command lines of living processes that name the folder (Linux)."""
-    found = []
-    for process in os.listdir("/proc"):
-        try:
-            command = open(f"/proc/{process}/cmdline").read() if process.isdigit() else ""
-        except OSError:  # it has just ended
-            continue
-        found += [command] if "train.py" in command and str(folder) in command else []
-    return found
-
-
-def wait_for(condition, process):
-    while not condition():
+def start(out, argv):
+    """The sweep of the fake in a process of its own, once its run has begun."""
+    code = "import sys; from experiments import sweep; sweep.TRAIN = sys.argv[1];"
+    code += "sys.exit(sweep.main(sys.argv[2:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, str(sweep.TRAIN), *argv], cwd=ROOT)
+    while not (out / "radio/grpo/0/settings.json").exists():
         assert process.poll() is None, "the sweep ended too early"
         time.sleep(0.02)
+    return process
 
 
-def gone(folder, seconds=5):
-    end = time.time() + seconds
-    while processes_in(folder) and time.time() < end:
-        time.sleep(0.05)
-    return not processes_in(folder)
+def starts(out, name):
+    return runs.records(out / name / "starts")
 
 
-@pytest.fixture(scope="module")
-def swept(checkpoint, tmp_path_factory):
-    """Two presets x two seeds, killed with -9 when a cell was finished, then continued: (folder, what was there)."""
-    out = tmp_path_factory.mktemp("sweeps") / "one"
-    command = arguments(
-        out,
-        checkpoint,
-        "--tasks",
-        "radio",
-        "--presets",
-        "grpo",
-        "empo2",
-        "--seeds",
-        "0",
-        "1",
-        "--jobs",
-        "2",
-    )
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sweep.py"), *command], stderr=subprocess.DEVNULL
-    )
+def test_each_run_gets_its_preset_and_is_not_repeated(out, capsys):
+    (out.parent / "GO").touch()
+    argv = command(out, "--jobs", "2", presets=["grpo", "empo2"])
+    assert sweep.main(argv) == 0
+    assert "2 runs, 2 of them to do" in capsys.readouterr().out
+    for preset, memory_prob in (
+        ("grpo", 0.0),
+        ("empo2", 0.5),
+    ):  # a preset goes before what is shared
+        (given,) = starts(out, f"radio/{preset}/0")
+        settings, _ = train.parse(given)
+        assert given.count("--preset") == 1
+        assert (settings.preset, settings.memory_prob) == (preset, memory_prob)
+        assert (settings.tasks, settings.seed, settings.iterations) == (["radio"], 0, 4)
+    assert sweep.main([*argv[:5], "0", "1", *argv[6:]]) == 0  # with another seed
+    assert "4 runs, 2 of them to do" in capsys.readouterr().out
+    assert len(starts(out, "radio/grpo/0")) == len(starts(out, "radio/grpo/1")) == 1
+    assert "| preset | seed 0 | seed 1 | mean " in (out / "summary.md").read_text()
 
-    def finished():
-        return [p for p in out.glob("*/*/*") if p.is_dir() and report.progress_of(p)[2]]
 
-    wait_for(finished, process)
+def test_a_killed_sweep_leaves_no_run_twice(out, capsys):
+    """Its run goes on: the next sweep reports it as taken, and a later one finds it finished."""
+    process = start(out, command(out))
+    assert sweep.main(command(out)) == 2
+    assert "another sweep is at work" in capsys.readouterr().err
     process.kill()
     process.wait()
-    assert gone(out), "no run outlives its sweep"
-    before = {p: (p / "metrics.jsonl").stat().st_mtime_ns for p in finished()}
-    assert 1 <= len(before) < 4
-    assert sweep.main(command) == 0
-    return out, before, command
+    assert sweep.main(command(out)) == 1
+    assert "exit code 2: train.py: another process" in (out / "summary.md").read_text()
+    (out.parent / "GO").touch()
+    while not report.finished(out / "radio/grpo/0"):
+        time.sleep(0.02)
+    assert sweep.main(command(out)) == 0
+    assert len(starts(out, "radio/grpo/0")) == 1
+    assert "failed" not in (out / "summary.md").read_text()
 
 
-def test_a_killed_sweep_is_continued_without_repeating_what_is_finished(swept):
-    out, before, _ = swept
-    assert all((p / "metrics.jsonl").stat().st_mtime_ns == then for p, then in before.items())
-    cells = [out / "radio" / preset / seed for preset in ("grpo", "empo2") for seed in "01"]
-    for cell in cells:
-        assert [m["iteration"] for m in report.records(cell / "metrics.jsonl")] == [0, 1, 2, 3]
-        assert [e["iteration"] for e in report.records(cell / "evals.jsonl")] == [0, 2, 4]
-        s = json.loads((cell / "settings.json").read_text())
-        assert (s["preset"], s["seed"], s["tasks"]) == (cell.parent.name, int(cell.name), ["radio"])
-        assert s["memory_prob"] == empo2.PRESETS[cell.parent.name].get("memory_prob", 0.25)
-
-
-def test_the_report(swept):
-    out, _, command = swept
-    results = json.loads((out / "results.json").read_text())
-    cell = results["tasks"]["radio"]["grpo"]["1"]
-    evals = report.records(out / "radio" / "grpo" / "1" / "evals.jsonl")
-    assert cell["success"] == pytest.approx(sum(e["success"] for e in evals) / 3)
-    assert (
-        cell["state"] == "finished"
-        and cell["episodes"] == 8
-        and [p["episodes"] for p in cell["curve"]] == [0, 4, 8]
-    )
-    run = results["runs"][-1]
-    assert run["command"].startswith("python sweep.py --out") and {"torch", "hardware"} <= set(run)
-    summary = (out / "summary.md").read_text()
-    assert "| preset | seed 0 | seed 1 | mean |" in summary and "missing" not in summary
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_more_seeds_other_settings_and_nonsense(swept, checkpoint, capsys):
-    out, _, command = swept
-
-    def refused(*argv):
-        assert sweep.main(list(argv)) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("sweep.py: ")
-        return lines[0]
-
-    assert "iterations = 4 (now 5)" in refused(*command[:-1], "5")
-    assert "did you mean grpo" in refused(
-        *command[:2], "--presets", "gpro", *command[command.index("--") :]
-    )
-    assert "unknown setting --nonsense" in refused(*command, "--nonsense", "1")
-    assert "the sweep's own" in refused(*command, "--seed", "1")
-    assert "add -- --eval-every" in refused(*command, "--eval-every", "0")
-    assert "--out" in refused("--seeds", "1")
-    assert "unknown experiment" in refused("desktop")
-    assert "no sweep here" in refused("--out", str(out / "none"), "--report")
-
-
-def test_a_missing_cell_is_shown_as_missing(swept, tmp_path, capsys):
-    shutil.copytree(swept[0], tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy" / "radio" / "grpo" / "1")
-    assert sweep.main(["--out", str(tmp_path / "copy"), "--report"]) == 0
-    assert f"{tmp_path / 'copy'}/summary.md" in capsys.readouterr().out
-    summary = (tmp_path / "copy" / "summary.md").read_text()
-    row = next(line for line in summary.splitlines() if line.startswith("| grpo"))
-    assert (
-        row.split("|")[3].strip() == "missing"
-        and row.count("missing") == 1
-        and "(1 of 2 seeds)" in row
-    )
-
-
-def test_a_failing_cell_is_reported_and_the_rest_goes_on(checkpoint, tmp_path):
-    out = tmp_path / "out"
-    command = arguments(
-        out,
-        checkpoint,
-        "--tasks",
-        "radios",
-        "radio",
-        "--presets",
-        "reflexion",
-        "--seeds",
-        "0",
-        "--jobs",
-        "2",
-        iterations=1,
-    )
-    assert sweep.main(command) == 1
-    summary = (out / "summary.md").read_text()
-    assert (
-        "- radios/reflexion/0 failed with exit code 2: train.py: unknown task 'radios'; did you mean"
-        in summary
-    )
-    assert (
-        report.progress_of(out / "radio" / "reflexion" / "0")[2] and "## mean of 2 tasks" in summary
-    )
-
-
-def test_ctrl_c_lets_the_runs_save(checkpoint, tmp_path):
-    """All tasks in one run, stopped long before its end."""
-    out = tmp_path / "out"
-    command = arguments(
-        out,
-        checkpoint,
-        "--tasks",
-        "radio",
-        "fan",
-        "--together",
-        "--presets",
-        "empo2",
-        "--seeds",
-        "0",
-        iterations=10000,
-    ) + ["--save-every", "1000"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sweep.py"), *command], stderr=subprocess.DEVNULL
-    )
-    run_dir = out / "together" / "empo2" / "0"
-    wait_for(lambda: report.records(run_dir / "metrics.jsonl"), process)
+def test_ctrl_c_lets_the_runs_save_and_the_same_command_continues(out):
+    process = start(out, command(out))
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130 and gone(out)
-    done = len(report.records(run_dir / "metrics.jsonl"))
-    assert (run_dir / f"checkpoint-{done}").exists() and done < 10000
-    assert f"({done} of 10000)" in (out / "summary.md").read_text()
-    assert json.loads((run_dir / "settings.json").read_text())["tasks"] == ["radio", "fan"]
+    assert process.wait(timeout=60) == 130
+    assert (out / "radio/grpo/0/saved").exists()
+    (out.parent / "GO").touch()
+    assert sweep.main(command(out)) == 0
+    assert starts(out, "radio/grpo/0")[1] == ["--resume", "--run-dir", str(out / "radio/grpo/0")]
 
 
-def test_a_named_experiment_can_be_overridden():
-    args, extra = sweep.split_command(["scienceworld", "--seeds", "7", "--", "--iterations", "3"])
-    assert (
-        args.seeds == [7]
-        and args.presets == ["grpo", "empo2"]
-        and str(args.out) == "sweeps/scienceworld"
-    )
-    assert extra[-2:] == ["--iterations", "3"] and "--eval-every" in extra
+def test_a_failing_run_is_reported_and_the_others_go_on(out):
+    (out.parent / "GO").touch()
+    assert sweep.main(command(out, "--tasks", "broken", "radio")) == 1
+    results = json.loads((out / "results.json").read_text())
+    assert results["failed"] == {"broken/grpo/0": "exit code 1: train.py: a reason"}
+    assert results["tasks"]["radio"]["grpo"]["0"]["success"] == 0.5
 
 
-def test_scienceworld_scores_stand_beside_the_papers(tmp_path):
-    """All rows of Table 1 in its order; the last evaluation of finished runs, missing where there is none."""
-    run_dir = tmp_path / "find-plant" / "grpo" / "0"
-    run_dir.mkdir(parents=True)
-    (run_dir / "settings.json").write_text(json.dumps({"iterations": 2}))
-    (run_dir / "evals.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {
-                    "iteration": i,
-                    "training_episodes": i,
-                    "seconds": 1,
-                    "tasks": {"find-plant": {"share_100": 0, "mean": score}},
-                }
+def test_bad_input_is_refused_in_one_line(out, capsys):
+    (out.parent / "GO").touch()
+    assert sweep.main(command(out)) == 0
+    capsys.readouterr()
+    for argv, reason in (
+        (command(out, shared=[*SHARED, "--iterations", "5"]), "iterations = 4, not 5"),
+        (command(out, presets=["gpro"]), "grpo"),
+        (command(out, shared=[*SHARED, "--nonsense", "1"]), "nonsense"),
+        (command(out, shared=[*SHARED, "--seed", "1"]), "--seed stands after --"),
+        (command(out, shared=[*SHARED, "--eval-every", "0"]), "add -- --eval-every 5"),
+        (command(out, "--jobs", "0"), "--jobs is 0"),
+        (["--seeds", "1"], "--out and --tasks"),
+        (["laptpo"], "laptop"),
+        (["--out", str(out / "none"), "--report"], "no sweep here"),
+    ):
+        assert sweep.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("sweep: ") and reason in error and error.count("\n") == 1
+
+
+def test_the_named_experiments_and_the_commands_of_the_docstring_parse():
+    for name in sweep.EXPERIMENTS:
+        args, shared = sweep.parse([name])
+        for argv in sweep.make_cells(args, shared).values():
+            assert train.parse(argv)[0].eval_every > 0
+    for line in sweep.__doc__.splitlines():
+        if line.startswith("  python"):
+            sweep.parse(shlex.split(line, comments=True)[3:])
+    args, shared = sweep.parse(["laptop", "--seeds", "7", "--", "--iterations", "3"])
+    assert (args.seeds, args.jobs, str(args.out)) == ([7], 2, "sweeps/laptop")
+    cells = sweep.make_cells(args, shared)
+    settings, _ = train.parse(cells["together/mode-turn/7"])
+    assert settings.mode_level == "turn" and train.parse(shared)[0].mode_level == "episode"
+    assert (settings.iterations, settings.tasks) == (3, ["fan", "radio"])
+
+
+def test_a_sweep_of_real_runs(checkpoint, tmp_path):
+    shared = "--env house --env-options rooms=1 step_limit=2 --group-size 2 --action-tokens 3"
+    shared += " --tip-tokens 4 --variations 1 --lora-r 2 --iterations 4 --eval-every 1"
+    shared += f" --eval-variations 1 --eval-episodes 2 --model {checkpoint}"
+    argv = ["--out", str(tmp_path), "--tasks", "radio", "fan", "--together", "--presets", "empo2"]
+    assert sweep.main([*argv, "--seeds", "0", "--", *shared.split()]) == 0
+    folder = tmp_path / "together" / "empo2" / "0"
+    cells = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    assert list(cells) == ["mean of 2 tasks", "radio", "fan"]
+    assert [line["iteration"] for line in runs.records(folder / "metrics.jsonl")] == [0, 1, 2, 3]
+    for cell in (row["empo2"]["0"] for row in cells.values()):
+        assert (cell["state"], cell["episodes"]) == ("finished", 8)
+        assert [point["episodes"] for point in cell["curve"]] == [0, 2, 4, 6, 8]
+
+
+# --- The report, of runs written by hand ---
+def write_run(folder, task, scores, iterations=4):
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({"iterations": iterations}))
+    costs = {"seconds": 30, "seconds_training": 60}
+    with open(folder / "evals.jsonl", "w") as evals, open(folder / "metrics.jsonl", "w") as metrics:
+        for iteration, score in scores.items():
+            tasks = {task: {"share_100": score / 100, "mean": score}}
+            line = {"iteration": iteration, "training_episodes": 10 * iteration, "tasks": tasks}
+            evals.write(json.dumps(line | costs) + "\n")
+            metrics.write(
+                json.dumps({"iteration": iteration, "episodes": 8, "success": 0.25}) + "\n"
             )
-            + "\n"
-            for i, score in ((0, -50.0), (2, 30.0))
-        )
-    )
-    (run_dir / "metrics.jsonl").write_text(json.dumps({"episodes": 4, "success": 0.0}) + "\n")
-    settings = {
-        "together": False,
-        "env": "scienceworld",
-        "step_limit": None,
-        "eval_variations": 20,
-        "eval_episodes": 4,
-        "eval_temperature": 0.4,
-    }
-    report.report(
-        tmp_path,
-        {
-            "tasks": ["find-plant"],
-            "presets": ["grpo", "empo2"],
-            "seeds": [0],
-            "settings": settings,
-            "runs": [{"command": "x", "environment": "scienceworld 1.2.3"}],
-            "failed": {},
-        },
-    )
-    summary = (tmp_path / "summary.md").read_text()
-    lines = [
-        [c.strip() for c in line.split("|")[1:-1]]
-        for line in summary.split("Table 1")[1].splitlines()
-        if line.startswith("|")
+
+
+def write_report(out, model):
+    names = ("together", "step_limit", "eval_variations", "eval_episodes", "eval_temperature")
+    settings = {"env": "scienceworld", "model": model} | dict.fromkeys(names)
+    content = {"tasks": ["find-plant"], "presets": ["grpo", "empo2"], "seeds": [0, 1]}
+    run = {"command": "x", "environment": "scienceworld 1.2.3"}
+    report.report(out, content | {"settings": settings, "failed": {}, "runs": [run]})
+    return (out / "summary.md").read_text()
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_the_report(tmp_path):
+    """Means are over the finished runs, of their last three evaluations, without iteration 0."""
+    grpo = tmp_path / "find-plant" / "grpo"
+    write_run(grpo / "0", "find-plant", {0: 96.0, 2: 20.0, 4: 40.0})
+    write_run(grpo / "1", "find-plant", {0: 0.0, 1: 90.0, 2: 50.0, 3: 60.0, 4: 70.0})
+    write_run(tmp_path / "find-plant/empo2/0", "find-plant", {0: 96.0, 2: 30.0})
+    text = write_report(tmp_path, "a/model")
+    _, summary, beside = text.split("\n## ")
+    grpo, empo2 = [
+        cells_of(line) for line in summary.splitlines() if line[:5] in ("| grp", "| emp")
     ]
-    assert lines[0][:4] == ["task", "grpo", "empo2", "paper: base"] and [
-        r[0] for r in lines[2:]
-    ] == list(report.PAPER)
-    rows = {line[0]: line[1:] for line in lines}
-    assert rows["find-plant"] == ["30.00", "missing", "-47.10", "15.10", "23.00", "46.20", "100.00"]
-    assert rows["find-animal"][:2] == ["missing", "missing"]
-    assert (
-        "step limits: the paper's" in summary
-        and "scienceworld 1.2.3" in summary
-        and "seeds: 0" in summary
-    )
+    assert grpo[1:5] == ["0.300", "0.600", "0.450", "0.300"]
+    assert grpo[5:] == ["45.0", "3.0", "32", "8"], "score, minutes, episodes, solved"
+    assert empo2[1:4] == ["0.300 (2 iterations)", "missing", "missing"]
+    assert "Band: from the lowest to the highest" in text and "seeds 0, 1" in text
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = [cells_of(line) for line in beside.splitlines() if line.startswith("| ")]
+    assert rows[0][:4] == ["task", "grpo", "empo2", "paper: base"]
+    assert [row[0] for row in rows[2:]] == list(paper.TABLE_1)
+    assert [
+        "find-plant",
+        "55.00",
+        "missing",
+        *map("{:.2f}".format, paper.TABLE_1["find-plant"]),
+    ] in rows
+
+
+def test_a_stand_in_does_not_stand_beside_the_paper(tmp_path):
+    write_run(tmp_path / "find-plant/grpo/0", "find-plant", {4: 40.0})
+    assert "paper" not in write_report(tmp_path, "standin")
+
+
+def test_a_table_has_means_over_what_is_there():
+    columns = ["episodes", "mean"]
+    rows = {"find-plant": [4, 10.0], "use-thermometer": [4, 30.0], "mine": [1, None]}
+    lines = {cells_of(line)[0]: cells_of(line)[1:] for line in report.table(columns, rows)}
+    assert list(lines)[2:] == [*paper.TABLE_1, "mine", "mean of 2 rows"]
+    assert lines["mine"] == ["1", "missing"] + ["-"] * 5
+    assert lines["mean of 2 rows"] == ["", "20.00", "-65.40", "8.00", "27.75", "26.90", "91.35"]

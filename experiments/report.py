@@ -1,0 +1,280 @@
+"""Tables and pictures of scores, beside the paper's, and the report of a sweep.
+
+`python -m experiments.sweep laptop --report` writes a sweep's report at any time, from what its
+runs have left so far: summary.md, curves.png and results.json.
+"""
+
+import json
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import runs
+from experiments import paper
+
+
+# --- Shared with eval.py ---
+def markdown(rows):
+    """The aligned lines of a Markdown table; `rows` are lists of strings, the first is its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        padded = [text.ljust(width) for text, width in zip(row, widths)]
+        lines.append(f"| {' | '.join(padded)} |")
+    rule = ["-" * width for width in widths]
+    lines.insert(1, f"| {' | '.join(rule)} |")
+    return lines
+
+
+def as_text(value):
+    if value is None:
+        return "missing"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def table(columns, rows):
+    """The lines of a Markdown table of {name: numbers}, None = missing.
+
+    If a name is one of the paper's tasks, all of those stand in the order of Table 1 beside its
+    numbers, and the last line has the means over the tasks of which nothing is missing.
+    """
+    head = ["task", *columns]
+    lines = dict(rows)
+    if not paper.TABLE_1.keys().isdisjoint(rows):
+        head += [f"paper: {name}" for name in paper.COLUMNS]
+        missing = [None] * len(columns)
+        lines = {task: [*rows.get(task, missing), *row] for task, row in paper.TABLE_1.items()}
+        complete = [line for line in lines.values() if None not in line]
+        for name in rows.keys() - paper.TABLE_1.keys():
+            lines[name] = [*rows[name], *["-"] * len(paper.COLUMNS)]
+        if complete:
+            lines[f"mean of {len(complete)} rows"] = [
+                float(np.mean(column)) if isinstance(column[0], float) else ""
+                for column in zip(*complete)
+            ]
+    return markdown([head, *([name, *map(as_text, line)] for name, line in lines.items())])
+
+
+def draw_trials(path, parts):
+    """The score of each trial, a line per task."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for task in dict.fromkeys(part["task"] for part in parts):
+        mine = [part for part in parts if part["task"] == task]
+        trials = [part["trial"] for part in mine]
+        axes.plot(trials, [part["mean"] for part in mine], marker=".", label=task)
+    axes.set(xlabel="trial (0 = without memory)", ylabel="mean score")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_scores(path, parts):
+    """The score of each task, beside the paper's GRPO and EMPO²."""
+    tasks = [part["task"] for part in parts]
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(tasks, [part["mean"] for part in parts], color="lightgrey", label="here")
+    known = [task for task in tasks if task in paper.TABLE_1]
+    if known:
+        for name, mark in (("GRPO", "x"), ("EMPO²", "o")):
+            column = paper.COLUMNS.index(name)
+            scores = [paper.TABLE_1[task][column] for task in known]
+            axes.plot(scores, known, mark, label=f"paper: {name}")
+    axes.set(xlabel="mean score", xlim=(-105, 105), ylim=(len(tasks) - 0.5, -0.5))
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+# --- The cells of a sweep, as results.json has them ---
+def mean(values):
+    values = list(values)
+    return float(np.mean(values)) if values else None
+
+
+def finished(run_dir):
+    """Is there the last thing that a run writes, the evaluation after its last iteration?"""
+    evals = runs.records(run_dir / "evals.jsonl")
+    if not evals:
+        return False
+    settings = json.loads((run_dir / "settings.json").read_text())
+    return evals[-1]["iteration"] == settings["iterations"]
+
+
+def cell(state, curve, costs):
+    """Success (0...1) and score (-100...100) are of the last three evaluations, never untrained."""
+    last = [point for point in curve if point["iteration"] > 0][-3:]
+    success = mean(point["success"] for point in last)
+    score = mean(point["score"] for point in last)
+    return {"state": state, "success": success, "score": score, **costs, "curve": curve}
+
+
+def measure(run_dir, task):
+    """The cell of a run and one of its tasks; what it cost is that of the whole run."""
+    evals = runs.records(run_dir / "evals.jsonl")
+    metrics = runs.records(run_dir / "metrics.jsonl")
+    state = f"{len(metrics)} iterations" if metrics else "missing"
+    if finished(run_dir):
+        state = "finished"
+    curve = []
+    for line in evals:
+        figures = line["tasks"][task]
+        point = {"iteration": line["iteration"], "episodes": line["training_episodes"]}
+        curve.append(point | {"success": figures["share_100"], "score": figures["mean"]})
+    seconds = sum(line["seconds"] for line in evals)
+    if evals:
+        seconds += evals[-1]["seconds_training"]
+    costs = {
+        "minutes": round(seconds / 60, 2),
+        "episodes": sum(line["episodes"] for line in metrics),
+        "solved": round(sum(line["success"] * line["episodes"] for line in metrics)),
+    }
+    return cell(state, curve, costs)
+
+
+def mean_over_tasks(cells):
+    """One cell from those of several tasks, at the evaluations that all of them have."""
+    curves = [{point["iteration"]: point for point in one["curve"]} for one in cells]
+    curve = []
+    for iteration in curves[0]:
+        if all(iteration in other for other in curves):
+            points = [other[iteration] for other in curves]
+            curve.append({name: mean(point[name] for point in points) for name in points[0]})
+    states = {one["state"] for one in cells}
+    state = states.pop() if len(states) == 1 else "unfinished"
+    costs = {name: mean(one[name] for one in cells) for name in ("minutes", "episodes", "solved")}
+    return cell(state, curve, costs)
+
+
+def measure_all(out, sweep):
+    """{task: {preset: {seed: cell}}}, with several tasks their mean first."""
+    results = {}
+    for task in sweep["tasks"]:
+        folder = out / ("together" if sweep["settings"]["together"] else task)
+        for preset in sweep["presets"]:
+            row = {str(seed): measure(folder / preset / str(seed), task) for seed in sweep["seeds"]}
+            results.setdefault(task, {})[preset] = row
+    if len(results) == 1:
+        return results
+    means = {preset: {} for preset in sweep["presets"]}
+    for preset in sweep["presets"]:
+        for seed in map(str, sweep["seeds"]):
+            of_tasks = [results[task][preset][seed] for task in sweep["tasks"]]
+            means[preset][seed] = mean_over_tasks(of_tasks)
+    return {f"mean of {len(results)} tasks": means} | results
+
+
+# --- The report of a sweep ---
+SUMMARY = """\
+# Tip-free success: {title}
+
+Success (0 to 1) and score (-100 to 100) are means of a run's last three evaluations on the test
+variations, without the one before training. Means are over finished runs.
+
+![curves](curves.png)
+
+A panel per preset. Line: tip-free {what}, mean over seeds (and over tasks; each of several tasks is
+a thin grey line). Band: from the lowest to the highest seed; it is no confidence interval.
+"""
+BESIDE = """\
+## Beside the paper's Table 1
+
+Score of the last evaluation of finished runs, tip-free: first {eval_variations} test variations x
+{eval_episodes} episodes, temperature {eval_temperature}, model {model}, step limit {step_limit}
+(None = the paper's).
+"""
+
+
+def report(out, sweep):
+    """Write summary.md, curves.png and results.json; `sweep` is what sweep.json holds."""
+    settings = sweep["settings"]
+    results = measure_all(out, sweep)
+    content = {name: sweep[name] for name in ("runs", "settings", "failed")} | {"tasks": results}
+    (out / "results.json").write_text(json.dumps(content, indent=1))
+    what = "score" if settings["env"] == "scienceworld" else "success"
+    seeds = ", ".join(map(str, sweep["seeds"]))
+    title = f"{settings['model']} in {settings['env']}, seeds {seeds}"
+    lines = SUMMARY.format(title=title, what=what).splitlines()
+    head = ["preset", *(f"seed {seed}" for seed in sweep["seeds"]), "mean", "max - min"]
+    head += ["mean score", "minutes per run", "episodes per run", "of them solved"]
+    for task, rows in results.items():
+        summary_rows = [summary_row(preset, list(row.values())) for preset, row in rows.items()]
+        lines += ["", f"## {task}", "", *markdown([head, *summary_rows])]
+    # The score of a stand-in for a language model says nothing about the paper's.
+    if settings["model"] != "standin" and not paper.TABLE_1.keys().isdisjoint(sweep["tasks"]):
+        scores = {task: map(last_score, results[task].values()) for task in sweep["tasks"]}
+        lines += ["", *BESIDE.format(**settings).splitlines(), "", *table(sweep["presets"], scores)]
+    lines += ["", *(f"- {name} failed with {why}" for name, why in sweep["failed"].items())]
+    for run in sweep["runs"]:
+        rest = ", ".join(f"{name} {value}" for name, value in run.items() if name != "command")
+        lines.append(f"- run with `{run['command']}`: {rest}")
+    (out / "summary.md").write_text("\n".join(lines) + "\n")
+    draw_curves(out / "curves.png", results, what, title)
+
+
+def summary_row(preset, cells):
+    row = [preset]
+    for one in cells:
+        text = one["state"]
+        if one["success"] is not None:
+            remark = "" if text == "finished" else f" ({text})"
+            text = f"{one['success']:.3f}{remark}"
+        row.append(text)
+    done = [one for one in cells if one["state"] == "finished"]
+    if not done:
+        return row + ["missing"] * 6
+    success = [one["success"] for one in done]
+    seeds = "" if len(done) == len(cells) else f" ({len(done)} of {len(cells)} seeds)"
+    row += [f"{mean(success):.3f}{seeds}", f"{max(success) - min(success):.3f}"]
+    for name, form in (
+        ("score", ".1f"),
+        ("minutes", ".1f"),
+        ("episodes", ".0f"),
+        ("solved", ".0f"),
+    ):
+        row.append(format(mean(one[name] for one in done), form))
+    return row
+
+
+def last_score(row):
+    """Mean over the finished cells of a preset, {seed: cell}; None if there are none."""
+    done = [one for one in row.values() if one["state"] == "finished"]
+    return mean(one["curve"][-1]["score"] for one in done)
+
+
+def of_seeds(row, name):
+    """At each evaluation, the values from those of a preset's cells {seed: cell} that have it."""
+    values = {}
+    for one in row.values():
+        for point in one["curve"]:
+            values.setdefault(point["iteration"], []).append(point[name])
+    return [values[iteration] for iteration in sorted(values)]
+
+
+def draw_curves(path, results, what, title):
+    """A panel per preset, all with the same axes, so that coinciding curves are told apart."""
+    overall, *tasks = results
+    columns = min(3, len(results[overall]))
+    rows = math.ceil(len(results[overall]) / columns)
+    figure = Figure(figsize=(3 * columns + 1, 2.2 * rows + 0.8), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel in panels[len(results[overall]) :]:
+        panel.set_visible(False)
+    for panel, (preset, row) in zip(panels, results[overall].items()):
+        for task in tasks:
+            row_of_task = results[task][preset]
+            episodes = map(mean, of_seeds(row_of_task, "episodes"))
+            scores = map(mean, of_seeds(row_of_task, what))
+            panel.plot(list(episodes), list(scores), color="grey", linewidth=0.6)
+        episodes = list(map(mean, of_seeds(row, "episodes")))
+        values = of_seeds(row, what)
+        panel.plot(episodes, list(map(mean, values)), marker=".", clip_on=False)
+        panel.fill_between(episodes, list(map(min, values)), list(map(max, values)), alpha=0.25)
+        done = sum(one["state"] == "finished" for one in row.values())
+        seeds = "" if done == len(row) else f" ({done} of {len(row)} seeds finished)"
+        panel.set_title(preset + seeds, fontsize="medium")
+    panels[0].set_ylim((0, 1) if what == "success" else (-100, 100))
+    figure.suptitle(title)
+    figure.supxlabel("training episodes")
+    figure.supylabel(f"tip-free {what}")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,316 @@
+"""Compare presets over tasks and seeds: a run of train.py for each, then a table and a picture.
+
+  python -m experiments.sweep laptop              # by name: laptop, scienceworld or paper
+  python -m experiments.sweep laptop --seeds 7 --presets empo2  # what comes later counts
+  python -m experiments.sweep --out sweeps/mine --tasks find-plant find-animal -- --eval-every 5
+  python -m experiments.sweep --out sweeps/mine --report  # only the report, also meanwhile
+
+What follows -- are settings of train.py for all runs; where a preset sets the same, the preset's
+value counts, since it is what is compared. The same command continues a sweep that was interrupted,
+without repeating what is finished. OUT holds
+  TASK/PRESET/SEED    the run of each cell, its output in SEED.log (TASK = together with --together)
+  sweep.json          the sweep's settings, cells and failures, and what it was run with
+  summary.md, curves.png, results.json    the report
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import envs
+import runs
+import train
+from experiments import paper, report
+from settings import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ROOT / "train.py"
+EXPERIMENTS = {
+    # GRPO, EMPO² and what becomes of it without each of its parts, where nothing is found by luck
+    "laptop": """
+        --tasks fan radio --together --seeds 0 1 2 --jobs 2
+        --presets grpo empo2 no-offpolicy no-onpolicy-tips no-intrinsic
+            mode-turn mode-batch denominator-tips no-mask
+        --
+        --env house --step-limit 7
+        --env-options rooms=12 containers=6 parts=1 partial_credit=false
+        --variations 32 --tasks-per-iteration 4 --iterations 60
+        --memory-prob 0.5 --mode-level episode --memory-key task --memory-scope task --max-tips 4
+        --min-prob 0.001 --beta 0.1 --advantage-eps 10
+        --learning-rate 1e-3 --max-grad-norm 0.1 --minibatch-episodes 8 --micro-tokens 4096
+        --lora-r 32 --lora-alpha 64 --action-tokens 16 --tip-tokens 40
+        --save-every 10 --eval-every 6
+        --eval-variations 32 --eval-episodes 1 --eval-temperature 0
+    """,
+    # The same comparison with the stand-in on real ScienceWorld
+    "scienceworld": """
+        --tasks power-component find-plant test-conductivity
+        --presets grpo empo2 --seeds 0 --jobs 2
+        --
+        --iterations 10 --eval-every 5 --eval-variations 4 --eval-episodes 2
+    """,
+    # Table 1 of the paper, a run for each of its tasks: for a GPU
+    "paper": f"""
+        --tasks {" ".join(paper.TABLE_1)}
+        --presets grpo empo2 --seeds 0
+        --
+        --env scienceworld --iterations 200 --eval-every 50
+    """,
+}
+
+
+# --- The cells ---
+def setting(word):
+    """The setting that a word of a command line names: lora_r for --lora-r and for --lora_r=2."""
+    return word.removeprefix("--").split("=")[0].replace("-", "_")
+
+
+def without(shared, names):
+    """The shared settings (words of a command line) but these and their values."""
+    kept = []
+    keep = True
+    for word in shared:
+        if word.startswith("--"):
+            keep = setting(word) not in names
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def make_cells(args, shared):
+    """{TASK/PRESET/SEED: the arguments of train.py}."""
+    groups = {task: [task] for task in args.tasks}
+    if args.together:
+        groups = {"together": args.tasks}
+    cells = {}
+    for seed in args.seeds:
+        for folder, tasks in groups.items():
+            for preset in args.presets:
+                name = f"{folder}/{preset}/{seed}"
+                # train.py lets what is given go before the preset
+                argv = [*without(shared, PRESETS[preset]), "--preset", preset, "--seed", str(seed)]
+                cells[name] = [*argv, "--tasks", *tasks, "--run-dir", str(args.out / name)]
+    return cells
+
+
+def start(run_dir, argv, env):
+    """Start or continue a run in a process of its own."""
+    if (run_dir / "settings.json").exists():
+        argv = ["--resume", "--run-dir", str(run_dir)]
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run_dir}.log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(TRAIN), *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=env,
+            start_new_session=True,  # Ctrl-C reaches it once, through the sweep
+        )
+
+
+def last_words(log):
+    """The error in a run's log, also if a run that a killed sweep left goes on writing there."""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    errors = [line for line in lines[-20:] if line.startswith("train.py: ")]
+    return (errors or lines or ["no output"])[-1]
+
+
+def run_cells(out, cells, jobs, failed, save):
+    """Run what is not finished; `failed` gets {name: why}, `save` is called after each cell."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}  # the log shall end with what was said last
+    if jobs > 1 and not torch.cuda.is_available():
+        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    waiting = [name for name in cells if not report.finished(out / name)]
+    print(f"{len(cells)} runs, {len(waiting)} of them to do, {jobs} at a time", flush=True)
+    for name in cells:
+        failed.pop(name, None)
+    running = {}
+    bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="runs", dynamic_ncols=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = start(out / name, cells[name], env)
+                bar.set_postfix_str(", ".join(running))
+            time.sleep(0.2)
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if not report.finished(out / name):
+                    said = last_words(out / f"{name}.log")
+                    failed[name] = f"exit code {process.returncode}: {said}"
+                    tqdm.write(f"{name} failed with {failed[name]}")
+                save()
+                bar.update()
+    except KeyboardInterrupt:
+        tqdm.write("Ctrl-C: the runs finish their iteration and save. Again to stop now.")
+        for process in running.values():
+            process.send_signal(signal.SIGINT)
+        for process in running.values():
+            process.wait()
+        raise
+    finally:
+        bar.close()
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
+# --- Command line ---
+def parse(argv):
+    """(arguments, settings of train.py); a named experiment's come first, as later ones count."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.sweep",
+        usage="%(prog)s [EXPERIMENT] [options] [-- settings of train.py]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, help="folder of the sweep [sweeps/EXPERIMENT]")
+    parser.add_argument("--tasks", nargs="+", help="a run for each task")
+    parser.add_argument("--presets", nargs="+", default=["grpo", "empo2"], help=", ".join(PRESETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
+    parser.add_argument("--together", action="store_true", help="train all tasks in one run")
+    parser.add_argument("--report", action="store_true", help="run nothing, only write the report")
+    own, shared = [], []
+    parts = [list(argv)]
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in EXPERIMENTS:
+            raise envs.unknown("experiment", argv[0], EXPERIMENTS)
+        own = ["--out", f"sweeps/{argv[0]}"]
+        parts = [shlex.split(EXPERIMENTS[argv[0]]), list(argv[1:])]
+    for part in parts:
+        cut = part.index("--") if "--" in part else len(part)
+        own += part[:cut]
+        shared += part[cut + 1 :]
+    args = parser.parse_args(own)
+    if not args.out or not (args.tasks or args.report):
+        raise ValueError(f"name an experiment ({', '.join(EXPERIMENTS)}), or --out and --tasks")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}; it must be positive")
+    for preset in args.presets:
+        if preset not in PRESETS:
+            raise envs.unknown("preset", preset, PRESETS)
+    return args, shared
+
+
+def common_settings(args, shared):
+    """What all cells have in common, as train.py reads it; bad input is refused here."""
+    own = {"tasks", "preset", "seed", "run_dir", "resume"}
+    for word in shared:
+        if word.startswith("--") and setting(word) in own:
+            raise ValueError(f"{word} stands after --, but is the sweep's own; see --help")
+    settings, _ = train.parse([*shared, "--tasks", *args.tasks])
+    if not settings.eval_every:
+        raise ValueError("a sweep compares tip-free evaluations; add -- --eval-every 5")
+    common = dataclasses.asdict(settings) | {"together": args.together}
+    for name in (*own, *runs.RESUMABLE):
+        del common[name]
+    if args.together:
+        common["tasks"] = sorted(args.tasks)
+    return common
+
+
+def surroundings(argv, env):
+    """What the runs are made with; the commit ends in + if the files differ from it."""
+    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    found = {
+        "command": shlex.join(["python", "-m", "experiments.sweep", *argv]),
+        "environment": envs.env_class(env).VERSION,
+        "torch": torch.__version__,
+        "hardware": hardware,
+    }
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
+        found["commit"] = git.stdout.strip() or "unknown"
+    return found
+
+
+def check_same(out, old, settings):
+    """ValueError if the runs in a folder were made with other settings."""
+    for name, value in settings.items():
+        before = old["settings"].get(name)
+        if value != before:
+            raise ValueError(
+                f"{out} was run with {name} = {before}, not {value}; take that, or another --out"
+            )
+
+
+def sweep(args, shared, argv):
+    """Run the cells that are not finished, and write the report. Returns how many cells failed."""
+    settings = common_settings(args, shared)
+    cells = make_cells(args, shared)
+    path = args.out / "sweep.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / "sweep.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another sweep is at work in {args.out}") from None
+        old = {}
+        if any(args.out.glob("*/*/*/settings.json")):
+            old = json.loads(path.read_text())
+            check_same(args.out, old, settings)
+        content = {"settings": settings, "failed": old.get("failed", {})}
+        for name in ("tasks", "presets", "seeds"):  # what was asked for before stays in the report
+            content[name] = list(dict.fromkeys(old.get(name, []) + getattr(args, name)))
+        run = surroundings(argv, settings["env"])
+        content["runs"] = [*(one for one in old.get("runs", []) if one != run), run]
+
+        def save():
+            path.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
+            os.replace(path.with_suffix(".tmp"), path)
+
+        save()
+        try:
+            run_cells(args.out, cells, args.jobs, content["failed"], save)
+        finally:
+            save()
+            report.report(args.out, content)
+    return sum(name in content["failed"] for name in cells)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    failed = 0
+    try:
+        args, shared = parse(argv)
+        path = args.out / "sweep.json"
+        if not args.report:
+            failed = sweep(args, shared, argv)
+        elif path.exists():
+            report.report(args.out, json.loads(path.read_text()))
+        else:
+            raise ValueError(f"{args.out}: no sweep here")
+    except KeyboardInterrupt:
+        print("sweep: stopped; the same command continues", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"sweep: {error}", file=sys.stderr)
+        return 2
+    print(f"{failed} runs failed; see {args.out}/summary.md and curves.png")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
