@@ -37,7 +37,7 @@ import memory
 import rollout
 import runs
 from envs import EnvFault
-from experiments import report
+from experiments import paper, report
 from settings import Settings
 
 TRIALS = {"id": 1, "ood": 10}
@@ -80,9 +80,7 @@ def evaluate(
     )
     for _ in range(5):  # once, unless the simulators lose every single episode
         played = []
-        waves = rollout.rollout(
-            policy, envs, jobs, tips, embed, playing, rng, EnvFault, progress
-        )
+        waves = rollout.rollout(policy, envs, jobs, tips, embed, playing, rng, EnvFault, progress)
         for wave in waves:
             if embed:
                 rollout.write_tips(policy, wave, s, progress)
@@ -205,7 +203,7 @@ def show(protocol, parts, picture):
         report.draw_scores(picture, parts)
         return
     report.draw_trials(picture, parts)
-    for task, (trained_on, ours, grpo) in report.PAPER_OOD.items():
+    for task, (trained_on, ours, grpo) in paper.OOD.items():
         if task in protocol["tasks"]:
             print(
                 f"the paper's best trial of {task}, trained on {trained_on}: "

@@ -55,7 +55,7 @@ class TipMemory:
         held.scores = [*held.scores, float(score)][-self.capacity :]
 
     def retrieve(self, key, slot):
-        """The texts of at most `max_tips` tips of the slot that are similar to `key` [d], best first.
+        """Texts of at most `max_tips` tips of the slot that are similar to `key` [d], best first.
 
         >>> memory, (x, y) = TipMemory(max_tips=2), np.eye(2)
         >>> for text, score in [("low", 0), ("high", 50), ("middle", 20)]:
@@ -190,8 +190,8 @@ def read(path):
 def embedder(name="hashing"):
     """A function `embed(texts) -> [n, d]` float32 of unit vectors (a text without words: zeros).
 
-    "hashing": words and word pairs hashed into 1,024 dimensions, no download. Otherwise a hub id or
-    folder of a sentence encoder, mean-pooled; the paper's is sentence-transformers/all-MiniLM-L6-v2.
+    "hashing": words and word pairs hashed into 1,024 dimensions, no download. Otherwise a hub id
+    or folder of a sentence encoder, mean-pooled (paper: sentence-transformers/all-MiniLM-L6-v2).
     """
     if name == "hashing":
         from sklearn.feature_extraction.text import HashingVectorizer

@@ -238,7 +238,7 @@ class Policy:
 
 
 def inverse_cdf(logp, uniform):
-    """The token whose part of [0, 1) a uniform number falls in. logp [B, vocab], uniform [B] -> [B].
+    """The token whose part of [0, 1) a uniform number is in. logp [B, vocab], uniform [B] -> [B].
 
     >>> logp = torch.tensor([[0.25, 0.5, 0.25]] * 4).log()
     >>> inverse_cdf(logp, torch.tensor([0.0, 0.26, 0.74, 0.76]))
@@ -266,7 +266,7 @@ def four_bit(cuda):
 
 
 def add_adapter(model, name, adapter, lora_r, lora_alpha, seed):
-    """The model with an adapter in fp32: read from a folder, or a new one, which changes nothing."""
+    """The model with an fp32 adapter: read from a folder, or a new one, which changes nothing."""
     if adapter:
         try:
             model = PeftModel.from_pretrained(model, adapter, is_trainable=True)

@@ -272,7 +272,7 @@ def write_tips(policy, episodes, s, progress=no_progress):
 
 
 def store_tips(episodes, memory, embed, s):
-    """Add the tips to M, once all episodes of the iteration are over (Alg. 1); empty ones are not."""
+    """Add the tips to M, once all episodes of the iteration are over (Alg. 1), but no empty one."""
     told = [episode for episode in episodes if episode.tip]
     keys = embed([memory_text(e, e.turns[-1].next_observation, s.memory_key) for e in told])
     for episode, key in zip(told, keys, strict=True):

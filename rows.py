@@ -1,4 +1,6 @@
-"""Pack training pairs that share prompts into rows. It changes no number: skip it on a first reading.
+"""Pack training pairs that share prompts into rows.
+
+It changes no number: skip it on a first reading.
 
 A row is a tree of tokens in depth-first order: what the prompts of its pairs share is there once.
 The descendants of token i stand at i + 1 ... ends[i] - 1, so token k is seen by token q exactly if
@@ -54,7 +56,7 @@ def pack(pairs):
     # In sorted order a sequence shares the most with the one before it.
     for pair in sorted(pairs, key=lambda pair: pair.prompt + pair.action):
         sequence = pair.prompt + pair.action
-        # An action's tokens are its own, and so is the token before them: its state predicts the first.
+        # An action's tokens are its own, and so is the token before them, which predicts the first.
         kept = min(shared_length(previous, sequence), len(pair.prompt) - 1)
         for index in path[kept:]:
             row.ends[index] = len(row.ids)
@@ -87,9 +89,9 @@ def visibility(ends):
 
 
 def micro_batches(rows, most_tokens):
-    """Rows of similar length together, at most `most_tokens` padded tokens each; a longer row stands alone.
+    """Rows of similar length together, at most `most_tokens` padded tokens each.
 
-    None = no limit. Those that need no mask of attention come first.
+    A longer row stands alone; None = no limit. Those that need no mask of attention come first.
     """
     batch = []
     for row in sorted(rows, key=lambda row: (not row.is_sequence(), len(row.ids))):

@@ -1,4 +1,4 @@
-"""All settings by concern, and the sets of them that the paper compares. Nothing here needs torch."""
+"""All settings by concern, and the sets of them that the paper compares; torch is not needed."""
 
 import math
 from dataclasses import dataclass, field

@@ -48,7 +48,7 @@ from settings import PRESETS, Settings
 
 
 def train(s, run_dir, start=None):
-    """Run the iterations from checkpoint `start` on (None: a new run). Returns how many are done."""
+    """Run the iterations from checkpoint `start` on (None: a new run) -> how many are done."""
     trackers = make_trackers(s, run_dir)
     folder = None if start is None else run_dir / f"checkpoint-{start}"
     policy = runs.load_policy(s, folder)
@@ -281,7 +281,9 @@ def continue_run(run_dir, s, names):
     free = {name: getattr(s, name) for name in names & {"iterations", *runs.RESUMABLE}}
     for name in names - {"resume", "run_dir", *free}:
         if getattr(s, name) != getattr(saved, name):
-            raise ValueError(f"--resume continues with the run's own settings; {name} cannot change")
+            raise ValueError(
+                f"--resume continues with the run's own settings; {name} cannot change"
+            )
     if free.get("iterations", start) < start:
         raise ValueError(
             f"{run_dir} has {start} iterations already; --iterations can only make it longer"
@@ -290,7 +292,7 @@ def continue_run(run_dir, s, names):
 
 
 def finish_on_interrupt():
-    """A list that fills on Ctrl-C or SIGTERM, so that the iteration can finish; a second one stops."""
+    """A list that fills on Ctrl-C or SIGTERM: the iteration can finish; a second one stops now."""
     received = []
 
     def handler(signum, frame):
@@ -319,7 +321,9 @@ def main(argv=None):
             if s.resume:
                 s, start = continue_run(run_dir, s, given(argv))
             elif runs.checkpoints(run_dir):
-                raise ValueError(f"{run_dir} exists; --resume continues it, --run-dir takes another")
+                raise ValueError(
+                    f"{run_dir} exists; --resume continues it, --run-dir takes another"
+                )
             else:
                 print(*notes, sep="\n")
             done = train(s, run_dir, start)
