@@ -22,6 +22,7 @@ the episode, the share of episodes at 100, and the share that ended at -100.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import sys
@@ -75,9 +76,9 @@ def evaluate(
     jobs = []
     for group, (task, variation) in enumerate(pool):
         jobs += [rollout.Job(task, variation, group, member) for member in range(episodes)]
-    playing = dataclasses.replace(
-        s, temperature=s.eval_temperature or 0, memory_prob=0.0 if tips is None else 1.0
-    )
+    playing = copy.copy(s)  # not `replace`: its check refuses a temperature of 0, greedy
+    playing.temperature = s.eval_temperature
+    playing.memory_prob = 0.0 if tips is None else 1.0
     for _ in range(5):  # once, unless the simulators lose every single episode
         played = []
         waves = rollout.rollout(policy, envs, jobs, tips, embed, playing, rng, EnvFault, progress)

@@ -67,57 +67,58 @@ def train(s, run_dir, start=None):
     runs.write_json(run_dir / "settings.json", dataclasses.asdict(s))
     interrupted = finish_on_interrupt()
     shown = {}
-    bar = tqdm(total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True)
-    for iteration in range(start, s.iterations + 1):
-        stop = iteration == s.iterations or bool(interrupted)  # asked once: what stops is saved
-        due = s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations)
-        if iteration % s.save_every == 0 or stop or due:
-            runs.save_checkpoint(run_dir, iteration, learner, s)
-        if due and not interrupted:
-            result = log_evaluation(iteration, learner, envs, eval_pool, s, run_dir, bar)
-            trackers.log(
-                {f"eval_{name}": result[name] for name in ("score", "success")}, step=iteration
-            )
-            shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
+    with tqdm(
+        total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True
+    ) as bar:
+        for iteration in range(start, s.iterations + 1):
+            stop = iteration == s.iterations or bool(interrupted)  # asked once: what stops is saved
+            due = s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations)
+            if iteration % s.save_every == 0 or stop or due:
+                runs.save_checkpoint(run_dir, iteration, learner, s)
+            if due and not interrupted:
+                result = log_evaluation(iteration, learner, envs, eval_pool, s, run_dir, bar)
+                trackers.log(
+                    {f"eval_{name}": result[name] for name in ("score", "success")}, step=iteration
+                )
+                shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
+                bar.set_postfix(shown)
+            if stop:
+                break
+            clock = logs.Clock(bar)
+            # Each iteration has its own seed: a resumed run draws what the other would have drawn.
+            rng = np.random.default_rng([s.seed, iteration, 0])
+
+            # --- Algorithm 1 ---
+            jobs = draw_jobs(pool, s, rng)
+            episodes, dropped = explore(policy, envs, jobs, tip_memory, embed, s, rng, clock)
+            rollout.give_intrinsic_rewards(episodes, novelty, embed, s)
+            rollout.store_tips(episodes, tip_memory, embed, s)
+            learnt = {}
+            if s.learning_rate:
+                try:
+                    learnt = empo2.update(policy, optimizer, episodes, s, rng, clock)
+                except empo2.NotFinite as error:
+                    keep_evidence(run_dir, iteration, policy, episodes, s, error)
+                    raise
+            # -------------------
+
+            metrics = {
+                "iteration": iteration,
+                **logs.rollout_metrics(episodes, dropped, learner),
+                **learnt,
+                **clock.metrics(),
+            }
+            learner.episodes += len(episodes)
+            learner.seconds += sum(clock.seconds.values())
+            runs.append(run_dir / "metrics.jsonl", [metrics])
+            trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
+            transcripts = [logs.transcript(iteration, e, s.intrinsic_coef) for e in episodes]
+            runs.append(run_dir / "episodes.jsonl", transcripts)
+            shown["score"] = f"{metrics['score']:.1f}"
+            shown["best"] = f"{metrics['score_best']:.0f}"
+            shown["tips shown"] = sum(len(t.tips) for e in episodes for t in e.turns)
+            bar.update()
             bar.set_postfix(shown)
-        if stop:
-            break
-        clock = logs.Clock(bar)
-        # Each iteration has its own seed: a resumed run draws what the other would have drawn.
-        rng = np.random.default_rng([s.seed, iteration, 0])
-
-        # --- Algorithm 1 ---
-        jobs = draw_jobs(pool, s, rng)
-        episodes, dropped = explore(policy, envs, jobs, tip_memory, embed, s, rng, clock)
-        rollout.give_intrinsic_rewards(episodes, novelty, embed, s)
-        rollout.store_tips(episodes, tip_memory, embed, s)
-        learnt = {}
-        if s.learning_rate:
-            try:
-                learnt = empo2.update(policy, optimizer, episodes, s, rng, clock)
-            except empo2.NotFinite as error:
-                keep_evidence(run_dir, iteration, policy, episodes, s, error)
-                raise
-        # -------------------
-
-        metrics = {
-            "iteration": iteration,
-            **logs.rollout_metrics(episodes, dropped, learner),
-            **learnt,
-            **clock.metrics(),
-        }
-        learner.episodes += len(episodes)
-        learner.seconds += sum(clock.seconds.values())
-        runs.append(run_dir / "metrics.jsonl", [metrics])
-        trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
-        transcripts = [logs.transcript(iteration, e, s.intrinsic_coef) for e in episodes]
-        runs.append(run_dir / "episodes.jsonl", transcripts)
-        shown["score"] = f"{metrics['score']:.1f}"
-        shown["best"] = f"{metrics['score_best']:.0f}"
-        shown["tips shown"] = sum(len(t.tips) for e in episodes for t in e.turns)
-        bar.update()
-        bar.set_postfix(shown)
-    bar.close()
     trackers.end_training()
     return iteration
 
