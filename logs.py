@@ -9,8 +9,8 @@ import torch
 from empo2 import intrinsic_return
 
 
-def rollout_metrics(episodes, dropped, learner):
-    """What is known after rolling out; docs/metrics.md says what each name means."""
+def rollout_metrics(episodes, jobs, learner):
+    """What is known after playing so many jobs; docs/metrics.md says what each name means."""
     turns = [turn for episode in episodes for turn in episode.turns]
     with_tips = [turn for turn in turns if turn.tips]
     scores = [episode.score for episode in episodes]
@@ -28,11 +28,11 @@ def rollout_metrics(episodes, dropped, learner):
         "score_without_memory": float(np.mean(untold)) if untold else None,
         "intrinsic": sum(turn.novelty for turn in turns) / len(episodes),
         "episodes": len(episodes),
-        "episodes_dropped": dropped,
+        "episodes_dropped": jobs - len(episodes),
         "turns": len(turns),
         "context_full": sum(episode.ended == "context full" for episode in episodes),
         "memory_turns": len(with_tips),
-        "tips_per_memory_turn": float(np.mean([len(turn.tips) for turn in with_tips] or [0])),
+        "tips_shown": sum(len(turn.tips) for turn in turns),
         "tips_left_out": sum(turn.tips_left_out for turn in turns),
         "actions_cut": sum(turn.action_cut for turn in turns),
         "tips_cut": sum(episode.tip_cut for episode in episodes),

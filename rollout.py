@@ -169,7 +169,9 @@ def open_turns(policy, live, memory, embed, s):
             playing.memory_mode = playing.episode.rng.random() < s.memory_prob
         if playing.memory_mode:
             asking.append(playing)
-    keys = embed([memory_text(p.episode, p.observation, s.memory_key) for p in asking])
+    keys = []
+    if asking:
+        keys = embed([memory_text(p.episode, p.observation, s.memory_key) for p in asking])
     retrieved = {}
     for playing, key in zip(asking, keys, strict=True):
         episode = playing.episode

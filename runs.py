@@ -127,7 +127,7 @@ def make_memory(s):
 # --- Checkpoints ----------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Learner:
-    """All that a checkpoint holds."""
+    """All that learns or remembers: what a checkpoint holds."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
@@ -136,6 +136,17 @@ class Learner:
     episodes: int = 0  # played in training so far
     seconds: float = 0.0  # of training so far
     best: tuple = (None, None)  # score and iteration of the best evaluation, the later of equals
+
+
+def make_learner(s, checkpoint=None):
+    """A new learner, or that of a checkpoint folder."""
+    policy = load_policy(s, checkpoint)
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, weight_decay=0.0)
+    novelty = memory.NoveltyStore(s.novelty_threshold)
+    learner = Learner(policy, optimizer, make_memory(s), novelty)
+    if checkpoint:
+        load_checkpoint(checkpoint, learner, s)
+    return learner
 
 
 @contextmanager
@@ -228,9 +239,8 @@ def read_checkpoint(folder):
         ) from error
 
 
-def load_checkpoint(run_dir, iteration, learner, s):
-    """Put optimizer, memories and counters back, and cut the logs to where they were then."""
-    folder = run_dir / f"checkpoint-{iteration}"
+def load_checkpoint(folder, learner, s):
+    """Put optimizer, memories and counters back."""
     _, state = read_checkpoint(folder)
     if state["tokenizer"] != learner.policy.fingerprint():
         raise ValueError(f"{s.model}: its tokenizer is not the one that {folder} was made with")
@@ -244,14 +254,25 @@ def load_checkpoint(run_dir, iteration, learner, s):
     learner.episodes = state["episodes"]
     learner.seconds = state["seconds"]
     learner.best = tuple(state["best"])
-    for log in LOGS:
-        size = state["logs"][log]
-        if not (run_dir / log).exists() or (run_dir / log).stat().st_size < size:
-            raise ValueError(f"{run_dir / log}: it is shorter than at {folder.name}; put it back")
-        os.truncate(run_dir / log, size)
 
 
 # --- Logs -----------------------------------------------------------------------------------------
+def open_logs(run_dir, start):
+    """Make the logs of a new run, or cut them to where they were at checkpoint `start`."""
+    if start is None:
+        for log in LOGS:
+            (run_dir / log).touch()
+        return
+    _, state = read_checkpoint(run_dir / f"checkpoint-{start}")
+    for log in LOGS:
+        size = state["logs"][log]
+        if not (run_dir / log).exists() or (run_dir / log).stat().st_size < size:
+            raise ValueError(
+                f"{run_dir / log}: it is shorter than at checkpoint-{start}; put it back"
+            )
+        os.truncate(run_dir / log, size)
+
+
 def append(path, lines):
     """Add dicts to a JSON-lines file, which must exist: one that was removed shall be missed."""
     with open(path, "r+", encoding="utf-8") as file:

@@ -20,8 +20,6 @@ On --resume --iterations may grow, and --rollout-batch, --micro-tokens, --load-i
 
 import argparse
 import dataclasses
-import json
-import shutil
 import signal
 import sys
 import time
@@ -47,76 +45,60 @@ from envs import EnvFault, unknown
 from settings import PRESETS, Settings
 
 
+def iterate(iteration, learner, envs, pool, embed, s, clock):
+    """One iteration of Algorithm 1 -> (episodes, metrics)."""
+    # Each iteration has its own seed: a resumed run draws what the other would have drawn.
+    rng = np.random.default_rng([s.seed, iteration, 0])
+    jobs = draw_jobs(pool, s, rng)
+    episodes = explore(learner, envs, jobs, embed, s, rng, clock)
+    rollout.give_intrinsic_rewards(episodes, learner.novelty, embed, s)
+    rollout.store_tips(episodes, learner.tip_memory, embed, s)
+    metrics = {}
+    if s.learning_rate:
+        metrics = empo2.update(learner.policy, learner.optimizer, episodes, s, rng, clock)
+    return episodes, logs.rollout_metrics(episodes, len(jobs), learner) | metrics
+
+
 def train(s, run_dir, start=None):
     """Run the iterations from checkpoint `start` on (None: a new run) -> how many are done."""
     trackers = make_trackers(s, run_dir)
-    folder = None if start is None else run_dir / f"checkpoint-{start}"
-    policy = runs.load_policy(s, folder)
-    envs, pool, eval_pool = make_envs(policy, s)
+    learner = runs.make_learner(s, None if start is None else run_dir / f"checkpoint-{start}")
+    envs, pool, eval_pool = make_envs(learner.policy, s)
     embed = memory.embedder(s.embedder)
-    optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, weight_decay=0.0)
-    tip_memory = runs.make_memory(s)
-    novelty = memory.NoveltyStore(s.novelty_threshold)
-    learner = runs.Learner(policy, optimizer, tip_memory, novelty)
-    if start is None:
-        start = 0
-        for log in runs.LOGS:
-            (run_dir / log).touch()
-    else:
-        runs.load_checkpoint(run_dir, start, learner, s)
+    runs.open_logs(run_dir, start)
     runs.write_json(run_dir / "settings.json", dataclasses.asdict(s))
     interrupted = finish_on_interrupt()
     shown = {}
-    with tqdm(
-        total=s.iterations, initial=start, desc="EMPO²", unit="it", dynamic_ncols=True
-    ) as bar:
-        for iteration in range(start, s.iterations + 1):
+    with tqdm(total=s.iterations, initial=start or 0, unit="it", dynamic_ncols=True) as bar:
+        for iteration in range(start or 0, s.iterations + 1):
             stop = iteration == s.iterations or bool(interrupted)  # asked once: what stops is saved
             due = s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations)
             if iteration % s.save_every == 0 or stop or due:
                 runs.save_checkpoint(run_dir, iteration, learner, s)
             if due and not interrupted:
                 result = log_evaluation(iteration, learner, envs, eval_pool, s, run_dir, bar)
-                trackers.log(
-                    {f"eval_{name}": result[name] for name in ("score", "success")}, step=iteration
-                )
+                trackers.log({"eval_score": result["score"]}, step=iteration)
+                trackers.log({"eval_success": result["success"]}, step=iteration)
                 shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
                 bar.set_postfix(shown)
             if stop:
                 break
             clock = logs.Clock(bar)
-            # Each iteration has its own seed: a resumed run draws what the other would have drawn.
-            rng = np.random.default_rng([s.seed, iteration, 0])
-
-            # --- Algorithm 1 ---
-            jobs = draw_jobs(pool, s, rng)
-            episodes, dropped = explore(policy, envs, jobs, tip_memory, embed, s, rng, clock)
-            rollout.give_intrinsic_rewards(episodes, novelty, embed, s)
-            rollout.store_tips(episodes, tip_memory, embed, s)
-            learnt = {}
-            if s.learning_rate:
-                try:
-                    learnt = empo2.update(policy, optimizer, episodes, s, rng, clock)
-                except empo2.NotFinite as error:
-                    keep_evidence(run_dir, iteration, policy, episodes, s, error)
-                    raise
-            # -------------------
-
-            metrics = {
-                "iteration": iteration,
-                **logs.rollout_metrics(episodes, dropped, learner),
-                **learnt,
-                **clock.metrics(),
-            }
+            try:
+                episodes, metrics = iterate(iteration, learner, envs, pool, embed, s, clock)
+            except empo2.NotFinite as error:
+                keep_evidence(run_dir, iteration, learner.policy, error)
+                raise
+            metrics = {"iteration": iteration, **metrics, **clock.metrics()}
             learner.episodes += len(episodes)
             learner.seconds += sum(clock.seconds.values())
             runs.append(run_dir / "metrics.jsonl", [metrics])
-            trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
             transcripts = [logs.transcript(iteration, e, s.intrinsic_coef) for e in episodes]
             runs.append(run_dir / "episodes.jsonl", transcripts)
+            trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
             shown["score"] = f"{metrics['score']:.1f}"
             shown["best"] = f"{metrics['score_best']:.0f}"
-            shown["tips shown"] = sum(len(t.tips) for e in episodes for t in e.turns)
+            shown["tips shown"] = metrics["tips_shown"]
             bar.update()
             bar.set_postfix(shown)
     trackers.end_training()
@@ -135,22 +117,22 @@ def draw_jobs(pool, s, rng):
     return jobs
 
 
-def explore(policy, envs, jobs, tip_memory, embed, s, rng, clock):
+def explore(learner, envs, jobs, embed, s, rng, clock):
     """Roll out, and let tips be written while the keys and values of the dialogues are at hand.
 
-    Returns (episodes, number lost to simulator faults); once, unless all of them are lost.
+    Once, unless simulator faults lose all the episodes.
     """
-    dropped = 0
+    policy = learner.policy
     for _ in range(5):
         episodes = []
-        waves = rollout.rollout(policy, envs, jobs, tip_memory, embed, s, rng, EnvFault, clock)
-        for wave in waves:
+        for wave in rollout.rollout(
+            policy, envs, jobs, learner.tip_memory, embed, s, rng, EnvFault, clock
+        ):
             if s.memory_prob:
                 rollout.write_tips(policy, wave, s, clock)
             episodes += wave
-        dropped += len(jobs) - len(episodes)
         if episodes:
-            return episodes, dropped
+            return episodes
     raise RuntimeError("all episodes were lost to simulator faults five times in a row")
 
 
@@ -215,25 +197,20 @@ def log_evaluation(iteration, learner, envs, pool, s, run_dir, bar):
     return result
 
 
-def keep_evidence(run_dir, iteration, policy, episodes, s, error):
-    """What reproduces a gradient that is not finite: adapter, training pairs of the step, episodes.
+def keep_evidence(run_dir, iteration, policy, error):
+    """What reproduces a gradient that is not finite: the adapter, and the pairs of the step.
 
     s, _ = runs.read_checkpoint(run_dir / "checkpoint-N")
     policy = runs.load_policy(s, run_dir / "nonfinite-N")
-    saved = json.loads((run_dir / "nonfinite-N/pairs.json").read_text())
+    saved = json.loads((run_dir / "nonfinite-N" / "pairs.json").read_text())
     rows = [empo2.pack([empo2.Pair(**pair)]) for pair in saved]
     empo2.accumulate_gradient(policy, rows, s, 1)
     """
     folder = run_dir / f"nonfinite-{iteration}"
     error.args = (f"iteration {iteration}: {error}; what reproduces it is in {folder}",)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     policy.save(folder)
-    pairs = [dataclasses.asdict(pair) for pair in error.pairs]
-    (folder / "pairs.json").write_text(json.dumps(pairs))
-    (folder / "episodes.jsonl").touch()
-    transcripts = [logs.transcript(iteration, e, s.intrinsic_coef) for e in episodes]
-    runs.append(folder / "episodes.jsonl", transcripts)
+    runs.write_json(folder / "pairs.json", [dataclasses.asdict(pair) for pair in error.pairs])
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -321,7 +298,7 @@ def main(argv=None):
             start = None
             if s.resume:
                 s, start = continue_run(run_dir, s, given(argv))
-            elif runs.checkpoints(run_dir):
+            elif runs.checkpoints(run_dir) or runs.records(run_dir / "metrics.jsonl"):
                 raise ValueError(
                     f"{run_dir} exists; --resume continues it, --run-dir takes another"
                 )
