@@ -1,12 +1,8 @@
-"""The whole loop learns: an easy house of one room, a small policy that begins by acting at random.
+"""The whole loop learns: an easy house of one room, a small policy that begins at random."""
 
-pytest tests/test_learning.py
-"""
-
-import dataclasses
-import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_checkpoint
@@ -14,6 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import empo2
 import envs
+import eval as evaluation
+import rollout
+import runs
 import train
 from policy import Policy
 
@@ -22,57 +21,58 @@ TIP = "I have not turned it on."
 
 
 def random_dialogues(rng, count):
-    """(role, text) lists of episodes in which every action is drawn from the valid ones, ended by a tip."""
+    """(role, text) lists of episodes whose actions are drawn from the valid ones, with a tip."""
     env = envs.make("house", **HOUSE)
     for _ in range(count):
         observation, info = env.reset("radio", rng.choice(env.variations("radio", "train")))
-        turns, over = [("system", info["prompt"])], False
+        turns = [("system", info["prompt"])]
+        over = False
         while not over:
             turns.append(("user", observation))
             if rng.random() < 0.2:
-                turns.append(
-                    ("user", empo2.TIPS_TEXT.format("\n".join([f"- {TIP}"] * rng.randint(1, 10))))
-                )
-            turns.append(("assistant", rng.choice(env.valid_actions())))
-            observation, _, terminated, truncated, info = env.step(turns[-1][1])
+                tips = "\n".join([f"- {TIP}"] * rng.randint(1, 10))
+                turns.append(("user", rollout.TIPS_TEXT.format(tips)))
+            action = rng.choice(env.valid_actions())
+            turns.append(("assistant", action))
+            observation, _, terminated, truncated, info = env.step(action)
             over = terminated or truncated
-        final = f"{observation}\n\n{empo2.TIP_REQUEST.format(score=info['score'])}"
-        yield turns + [("user", final), ("assistant", TIP)]
+        request = rollout.TIP_REQUEST.format(score=info["score"])
+        yield turns + [("user", f"{observation}\n\n{request}"), ("assistant", TIP)]
+
+
+def as_ids(policy, dialogue):
+    """(ids, mask): True on what the assistant writes."""
+    ids = []
+    mask = []
+    for role, text in dialogue:
+        if role == "assistant":
+            answer = [*policy.encode(text), policy.end_id]
+            newline = policy.encode("\n")
+            ids += policy.header + answer + newline
+            mask += [False] * len(policy.header) + [True] * len(answer) + [False] * len(newline)
+        else:
+            message = policy.message(role, text)
+            ids += message
+            mask += [False] * len(message)
+    return ids, mask
 
 
 @pytest.fixture(scope="module")
 def random_player(tmp_path_factory):
     """A Qwen2 of 0.2 M parameters that imitates random valid actions: well-formed, and aimless."""
-    folder, rng = tmp_path_factory.mktemp("player"), random.Random(0)
+    folder = tmp_path_factory.mktemp("player")
+    rng = random.Random(0)
     dialogues = list(random_dialogues(rng, 400))
-    write_checkpoint(
-        folder,
-        hidden=96,
-        vocab=420,
-        scale=0.02,
-        corpus=[f"{role}\n{text}\n" for d in dialogues for role, text in d],
-    )
+    corpus = [f"{role}\n{text}\n" for dialogue in dialogues for role, text in dialogue]
+    write_checkpoint(folder, hidden=96, vocab=420, scale=0.02, corpus=corpus)
     policy = Policy.load(str(folder))
-    rows = []
-    for dialogue in dialogues:
-        ids, mask = [], []
-        for role, text in dialogue:
-            trained = role == "assistant"
-            new = (policy.encode(text) + [policy.end_id]) if trained else policy.message(role, text)
-            for part, learn in (
-                ((policy.header, False), (new, True), (policy.encode("\n"), False))
-                if trained
-                else ((new, False),)
-            ):
-                ids += part
-                mask += [learn] * len(part)
-        rows.append((ids, mask))
+    examples = [as_ids(policy, dialogue) for dialogue in dialogues]
     model = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
     torch.manual_seed(0)
     for _ in range(500):
-        batch = rng.sample(rows, 16)
+        batch = rng.sample(examples, 16)
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
         mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in batch])
@@ -86,53 +86,24 @@ def random_player(tmp_path_factory):
     return str(folder)
 
 
-def success(run_dir, player, adapter=None):
-    """Tip-free success on unseen variations, 64 episodes at the temperature of the paper's evaluations."""
-    s = empo2.Settings(**json.loads((run_dir / "settings.json").read_text()))
-    simulators, pool = train.make_envs(dataclasses.replace(s, variations=4, group_size=16), "test")
-    table, _, _ = empo2.evaluate(
-        Policy.load(player, adapter=adapter),
-        simulators,
-        pool,
-        16,
-        s.eval_temperature,
-        s,
-        s.seed,
-        envs.EnvFault,
-    )
-    return table["radio"]["share_100"]
+def success(run_dir, iteration):
+    """Tip-free success on unseen variations, 64 episodes at the paper's temperature of 0.4."""
+    s, _ = runs.read_checkpoint(run_dir / f"checkpoint-{iteration}")
+    policy = runs.load_policy(s, run_dir / f"checkpoint-{iteration}")
+    houses = [runs.make_env(s) for _ in range(64)]
+    pool = runs.task_pool(houses[0], s.tasks, "test", 4)
+    played = evaluation.evaluate(policy, houses, pool, 16, s, np.random.default_rng(0))
+    return evaluation.table(played)["radio"]["share_100"]
 
 
 def run(player, run_dir, iterations):
-    # No mask: in a vocabulary of 420 its delta would hide nonsense from the update, which is then never unlearnt.
-    assert (
-        train.main(
-            [
-                "--env",
-                "house",
-                "--tasks",
-                "radio",
-                "--model",
-                player,
-                "--run-dir",
-                str(run_dir),
-                "--env-options",
-                *(f"{k}={v}" for k, v in HOUSE.items()),
-                "--iterations",
-                str(iterations),
-                "--tasks-per-iteration",
-                "4",
-                "--learning-rate",
-                "1e-3",
-                "--min-prob",
-                "0",
-                "--save-every",
-                "100",
-            ]
-        )
-        == 0
-    )
-    return success(run_dir, player), success(run_dir, player, run_dir / f"checkpoint-{iterations}")
+    options = [f"{name}={value}" for name, value in HOUSE.items()]
+    # No mask: in a vocabulary of 420 its delta would hide nonsense from the update.
+    command = ["--env", "house", "--tasks", "radio", "--model", player, "--run-dir", str(run_dir)]
+    command += ["--env-options", *options, "--iterations", str(iterations), "--min-prob", "0"]
+    command += ["--tasks-per-iteration", "4", "--learning-rate", "1e-3", "--save-every", "100"]
+    assert train.main(command) == 0
+    return success(run_dir, 0), success(run_dir, iterations)
 
 
 def test_it_learns(random_player, tmp_path):

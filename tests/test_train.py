@@ -25,9 +25,9 @@ from policy import Policy
 from settings import PRESETS
 
 SMALL = """
-    --env house --tasks radio fan --env-options rooms=2 step_limit=3 --variations 1 --lora-r 2
-    --group-size 3 --tasks-per-iteration 2 --action-tokens 4 --tip-tokens 8 --memory-prob 0.6
-    --tip-threshold 0
+    --env house --tasks radio fan --env-options rooms=2 step_limit=4 --variations 1 --lora-r 2
+    --group-size 3 --tasks-per-iteration 2 --action-tokens 16 --tip-tokens 10 --memory-prob 0.6
+    --tip-threshold 0 --model standin --minibatch-episodes 2
 """.split()
 
 
@@ -37,6 +37,9 @@ def timeless(path):
     return [
         {k: v for k, v in line.items() if not k.startswith(("seconds", "peak_"))} for line in lines
     ]
+
+
+STANDIN = ROOT / "standin" / "house"
 
 
 def weights(run_dir, iteration):
@@ -51,35 +54,36 @@ def assert_same_run(ours, theirs, iterations):
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint, tmp_path_factory):
+def finished(tmp_path_factory):
     """An uninterrupted run of four iterations."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    command = [*SMALL, "--model", checkpoint, "--run-dir", str(run_dir), "--iterations", "4"]
+    command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "4"]
     assert train.main(command) == 0
     return run_dir
 
 
-def test_a_run_leaves_what_is_promised(finished, checkpoint):
+def test_a_run_leaves_what_is_promised(finished):
     metrics = runs.records(finished / "metrics.jsonl")
     episodes = runs.records(finished / "episodes.jsonl")
     assert [m["iteration"] for m in metrics] == [0, 1, 2, 3] and len(episodes) == 4 * 6
     glossary = (ROOT / "docs" / "metrics.md").read_text()
     assert all(f"`{name}`" in glossary for m in metrics for name in m)
+    assert all(m["optimizer_steps"] for m in metrics), "there is something to learn from"
     assert metrics[-1]["memory_turns"] > 0 and metrics[-1]["sampler_gap"] < 1e-4
     last = [e for e in episodes if e["iteration"] == 3]
     assert sum(e["return"] for e in last) / 6 == pytest.approx(metrics[3]["return"], abs=1e-3)
     advantages = [e["turns"][0]["advantage"] for e in last]
     assert sum(advantages) == pytest.approx(0, abs=1e-3) and any(advantages)
     assert runs.checkpoints(finished) == [3, 4], "only the newest are kept"
-    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    base = AutoModelForCausalLM.from_pretrained(STANDIN)
     model = PeftModel.from_pretrained(base, finished / "checkpoint-4")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
-def test_how_many_play_side_by_side_changes_nothing(lanes, checkpoint, tmp_path):
+def test_how_many_play_side_by_side_changes_nothing(lanes, tmp_path):
     """The same draws, tips shown and rewards; weights equal but for rounding."""
-    small = ["--group-size", "8", "--iterations", "2", "--model", checkpoint]
+    small = ["--group-size", "8", "--iterations", "2"]
     for name, batch in (("a", lanes), ("b", 5)):
         command = [*SMALL, *small, "--run-dir", str(tmp_path / name), "--rollout-batch", str(batch)]
         assert train.main(command) == 0
@@ -89,9 +93,9 @@ def test_how_many_play_side_by_side_changes_nothing(lanes, checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_finishes_the_iteration_and_saves(stop, checkpoint, tmp_path):
+def test_ctrl_c_finishes_the_iteration_and_saves(stop, tmp_path):
     run_dir = tmp_path / "run"
-    command = [*SMALL, "--model", checkpoint, "--run-dir", str(run_dir), "--iterations", "10000"]
+    command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "10000"]
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *command, "--save-every", "1000"],
         stderr=subprocess.STDOUT,
@@ -122,8 +126,8 @@ def refused(capsys, *argv):
     return lines[0]
 
 
-def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished, monkeypatch):
-    new = ["--model", checkpoint, "--run-dir", tmp_path / "new"]
+def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatch):
+    new = ["--run-dir", tmp_path / "new"]
     short = [*SMALL, *new]
     assert "unknown environment" in refused(capsys, *new, "--env", "nowhere")
     assert "did you mean radio?" in refused(capsys, *new, "--env", "house", "--tasks", "radios")
@@ -141,7 +145,7 @@ def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished
     longer = refused(capsys, "--resume", "--run-dir", finished, "--iterations", "2")
     assert "can only make it longer" in longer
     assert "nothing to resume" in refused(capsys, "--resume", "--run-dir", tmp_path / "never")
-    assert "did you mean --memory-prob?" in refused(capsys, "--memory-probs", "1")
+    assert "did you mean --memory-prob " in refused(capsys, "--memory-probs", "1")
     accelerate.state.PartialState._reset_state()  # as in a new process
     assert "tensorboards" in refused(capsys, *new, "--report-to", "tensorboards")
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
@@ -149,21 +153,19 @@ def test_bad_input_is_refused_in_one_line(capsys, checkpoint, tmp_path, finished
     assert not (tmp_path / "new").exists(), "bad input leaves nothing behind"
 
 
-def test_out_of_memory_says_what_to_lower(checkpoint, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.empo2, "update", full)
     run_dir = tmp_path / "run"
-    assert train.main([*SMALL, "--model", checkpoint, "--run-dir", str(run_dir)]) == 1
+    assert train.main([*SMALL, "--run-dir", str(run_dir)]) == 1
     error = capsys.readouterr().err
     assert "--micro-tokens" in error and "--rollout-batch" in error
     assert runs.checkpoints(run_dir) == [0]
 
 
-def test_a_run_that_failed_or_ended_goes_on_as_if_it_had_not(
-    finished, checkpoint, tmp_path, monkeypatch
-):
+def test_a_run_that_failed_or_ended_goes_on_as_if_it_had_not(finished, tmp_path, monkeypatch):
     """A failure in iteration 2 with no checkpoint but the first: the logs are cut back to it."""
     run_dir = tmp_path / "run"
     update = train.empo2.update
@@ -176,7 +178,7 @@ def test_a_run_that_failed_or_ended_goes_on_as_if_it_had_not(
         return update(*args, **kwargs)
 
     monkeypatch.setattr(train.empo2, "update", failing)
-    command = [*SMALL, "--model", checkpoint, "--run-dir", str(run_dir), "--iterations", "3"]
+    command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "3"]
     assert train.main([*command, "--save-every", "10"]) == 2
     assert len(runs.records(run_dir / "metrics.jsonl")) == 2
     assert "FloatingPointError" in (run_dir / "error.log").read_text()
@@ -201,7 +203,7 @@ def test_a_setting_given_goes_before_the_preset():
     assert not any("memory_prob" in note for note in notes)
 
 
-def test_metrics_reach_a_tracker(checkpoint, tmp_path, monkeypatch):
+def test_metrics_reach_a_tracker(tmp_path, monkeypatch):
     """--report-to through accelerate, with a tracker in the place of tensorboard."""
 
     class Tracker(GeneralTracker):
@@ -220,7 +222,7 @@ def test_metrics_reach_a_tracker(checkpoint, tmp_path, monkeypatch):
             self.logged.append((step, sorted(values)))
 
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "fake", Tracker)
-    short = [*SMALL, "--model", checkpoint, "--iterations", "1", "--eval-every", "1"]
+    short = [*SMALL, "--iterations", "1", "--eval-every", "1"]
     short += ["--eval-episodes", "1"]
     assert train.main([*short, "--run-dir", str(tmp_path / "none")]) == 0 and not Tracker.logged
     run_dir = ["--run-dir", str(tmp_path / "run"), "--report-to", "fake"]
@@ -230,13 +232,13 @@ def test_metrics_reach_a_tracker(checkpoint, tmp_path, monkeypatch):
     assert (1, ["eval_success"]) in Tracker.logged
 
 
-def test_the_merged_checkpoint_of_the_docs_is_the_adapters_policy(finished, checkpoint, tmp_path):
+def test_the_merged_checkpoint_of_the_docs_is_the_adapters_policy(finished, tmp_path):
     """The lines of docs/runs.md, with other names; plain transformers gives the same log-probs."""
     text = (ROOT / "docs" / "runs.md").read_text()
     code = re.search(r"```python\n(.*?merge_and_unload.*?)```", text, re.DOTALL)[1]
     adapter, merged = finished / "checkpoint-4", tmp_path / "merged"
     for name, ours in {
-        "Qwen/Qwen2.5-7B-Instruct": checkpoint,
+        "Qwen/Qwen2.5-7B-Instruct": STANDIN,
         '"merged"': f'"{merged}"',
         "runs/scienceworld-power-component-0/checkpoint-200": adapter,
     }.items():
@@ -245,7 +247,7 @@ def test_the_merged_checkpoint_of_the_docs_is_the_adapters_policy(finished, chec
     exec(code, {})
     ids = torch.randint(3, 300, (2, 40), generator=torch.manual_seed(0))
     mask = (torch.arange(40) > 0).expand(2, -1)
-    policy = Policy.load(checkpoint, adapter=adapter)
+    policy = Policy.load(str(STANDIN), adapter=adapter)
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     with torch.no_grad():
         logits = plain(ids).logits[:, :-1].log_softmax(-1)
@@ -255,10 +257,10 @@ def test_the_merged_checkpoint_of_the_docs_is_the_adapters_policy(finished, chec
         assert not torch.allclose(logp, reference[:, 1:], atol=1e-4)
 
 
-def test_reflexion_moves_no_weight(checkpoint, tmp_path):
+def test_reflexion_moves_no_weight(tmp_path):
     run_dir = tmp_path / "run"
     small = [word for word in SMALL if word not in ("--memory-prob", "0.6")]
-    command = [*small, "--model", checkpoint, "--run-dir", str(run_dir), "--preset", "reflexion"]
+    command = [*small, "--run-dir", str(run_dir), "--preset", "reflexion"]
     assert train.main([*command, "--iterations", "2", "--keep-checkpoints", "3"]) == 0
     first, last = weights(run_dir, 0), weights(run_dir, 2)
     assert all(torch.equal(first[name], last[name]) for name in first)
@@ -266,10 +268,10 @@ def test_reflexion_moves_no_weight(checkpoint, tmp_path):
     assert metrics[1]["memory_turns"] == metrics[1]["turns"] and "loss" not in metrics[1]
 
 
-def test_evaluations_disturb_nothing_and_survive_a_crash(finished, checkpoint, tmp_path):
+def test_evaluations_disturb_nothing_and_survive_a_crash(finished, tmp_path):
     """The same metrics and weights as without; after a crash the same evaluations."""
     run_dir, copy = tmp_path / "run", tmp_path / "copy"
-    command = [*SMALL, "--model", checkpoint, "--run-dir", str(run_dir), "--iterations", "4"]
+    command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "4"]
     command += ["--eval-every", "3", "--eval-variations", "3", "--eval-episodes", "2"]
     assert train.main(command) == 0
     for log in ("metrics.jsonl", "episodes.jsonl"):
