@@ -174,7 +174,8 @@ variations, without the one before training. Means are over finished runs.
 ![curves](curves.png)
 
 A panel per preset. Line: tip-free {what}, mean over seeds (and over tasks; each of several tasks is
-a thin grey line). Band: from the lowest to the highest seed; it is no confidence interval.
+a thin grey line). Band: from the lowest to the highest seed; it is no confidence interval. Curves
+have unfinished runs, too; "1 of 2 seeds" counts those that are finished.
 """
 BESIDE = """\
 ## Beside the paper's Table 1
@@ -271,8 +272,8 @@ def draw_curves(path, results, what, title):
         panel.plot(episodes, list(map(mean, values)), marker=".", clip_on=False)
         panel.fill_between(episodes, list(map(min, values)), list(map(max, values)), alpha=0.25)
         done = sum(one["state"] == "finished" for one in row.values())
-        seeds = "" if done == len(row) else f" ({done} of {len(row)} seeds finished)"
-        panel.set_title(preset + seeds, fontsize="medium")
+        seeds = "" if done == len(row) else f" ({done} of {len(row)} seeds)"
+        panel.set_title(preset + seeds, fontsize="small")
     panels[0].set_ylim((0, 1) if what == "success" else (-100, 100))
     figure.suptitle(title)
     figure.supxlabel("training episodes")

@@ -108,7 +108,7 @@ def make_cells(args, shared):
 
 def start(run_dir, argv, env):
     """Start or continue a run in a process of its own."""
-    if (run_dir / "settings.json").exists():
+    if runs.checkpoints(run_dir):
         argv = ["--resume", "--run-dir", str(run_dir)]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run_dir}.log", "ab") as log:
