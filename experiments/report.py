@@ -20,7 +20,7 @@ def markdown(rows):
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        padded = [text.ljust(width) for text, width in zip(row, widths)]
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
         lines.append(f"| {' | '.join(padded)} |")
     rule = ["-" * width for width in widths]
     lines.insert(1, f"| {' | '.join(rule)} |")
@@ -51,7 +51,7 @@ def table(columns, rows):
         if complete:
             lines[f"mean of {len(complete)} rows"] = [
                 float(np.mean(column)) if isinstance(column[0], float) else ""
-                for column in zip(*complete)
+                for column in zip(*complete, strict=True)
             ]
     return markdown([head, *([name, *map(as_text, line)] for name, line in lines.items())])
 
@@ -261,7 +261,7 @@ def draw_curves(path, results, what, title):
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel in panels[len(results[overall]) :]:
         panel.set_visible(False)
-    for panel, (preset, row) in zip(panels, results[overall].items()):
+    for panel, (preset, row) in zip(panels, results[overall].items(), strict=False):
         for task in tasks:
             row_of_task = results[task][preset]
             episodes = map(mean, of_seeds(row_of_task, "episodes"))

@@ -110,6 +110,12 @@ def test_each_run_gets_its_preset_and_is_not_repeated(out, capsys):
     assert states == {"grpo": ["finished", "finished"], "empo2": ["finished", "missing"]}
 
 
+def test_without_tasks_it_takes_those_of_the_environment(out):
+    (out.parent / "GO").touch()
+    assert sweep.main(["--out", str(out), "--presets", "grpo", "--seeds", "0", *SHARED]) == 0
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"radio", "fan"}
+
+
 def test_a_killed_sweep_leaves_no_run_twice(out, capsys):
     """Its run goes on: the next sweep reports it as taken, and a later one finds it finished."""
     process = start(out, command(out))
@@ -156,7 +162,7 @@ def test_bad_input_is_refused_in_one_line(out, capsys):
         (command(out, shared=[*SHARED, "--seed", "1"]), "--seed stands after --"),
         (command(out, shared=[*SHARED, "--eval-every", "0"]), "add -- --eval-every 5"),
         (command(out, "--jobs", "0"), "--jobs is 0"),
-        (["--seeds", "1"], "--out and --tasks"),
+        (["--seeds", "1"], "a folder with --out"),
         (["laptpo"], "laptop"),
         (["--out", str(out / "none"), "--report"], "no sweep here"),
     ):

@@ -15,10 +15,8 @@ from conftest import ROOT
 
 from experiments import view
 
-BAD = (
-    "<b>&amp;</b></pre></details><script>alert(1)</script>\"' \x1b[31m\r\x07 \u202e \0 \ud800 \x9b"
-)
-SHOWN = BAD[: BAD.index("\x1b")] + r"\x1b[31m\r\x07 \u202e \x00 \ud800 \x9b"
+BAD = "<b>&amp;</b></pre></details><script>x()</script>\"' \x1b[31m\r\x07 \u202e \0 \u2028 \x85 \x9b"
+SHOWN = BAD[: BAD.index("\x1b")] + r"\x1b[31m\r\x07 \u202e \x00 \u2028 \x85 \x9b"
 
 
 def turn(mode="plain", update="on-policy", tips=(), **more):
@@ -67,7 +65,7 @@ for iteration in range(3):
 @pytest.fixture
 def run(tmp_path):
     def write(episodes):
-        lines = [json.dumps(e) + "\n" for e in episodes]
+        lines = [json.dumps(e, ensure_ascii=False) + "\n" for e in episodes]
         (tmp_path / "episodes.jsonl").write_text("".join(lines) + '{"half a li')
         return str(tmp_path)
 
