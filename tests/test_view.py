@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from experiments import view
 
-BAD = "<b>&amp;</b></pre></details><script>x()</script>\"' \x1b[31m\r\x07 \u202e \0 \u2028 \x85 \x9b"
+BAD = "<b>&amp;</b></pre></details><script>x</script>\"' \x1b[31m\r\x07 \u202e \0 \u2028 \x85 \x9b"
 SHOWN = BAD[: BAD.index("\x1b")] + r"\x1b[31m\r\x07 \u202e \x00 \u2028 \x85 \x9b"
 
 
