@@ -20,7 +20,7 @@ def markdown(rows):
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        padded = [text.ljust(width) for text, width in zip(row, widths)]
+        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
         lines.append(f"| {' | '.join(padded)} |")
     rule = ["-" * width for width in widths]
     lines.insert(1, f"| {' | '.join(rule)} |")
@@ -51,7 +51,7 @@ def table(columns, rows):
         if complete:
             lines[f"mean of {len(complete)} rows"] = [
                 float(np.mean(column)) if isinstance(column[0], float) else ""
-                for column in zip(*complete)
+                for column in zip(*complete, strict=True)
             ]
     return markdown([head, *([name, *map(as_text, line)] for name, line in lines.items())])
 
@@ -174,7 +174,8 @@ variations, without the one before training. Means are over finished runs.
 ![curves](curves.png)
 
 A panel per preset. Line: tip-free {what}, mean over seeds (and over tasks; each of several tasks is
-a thin grey line). Band: from the lowest to the highest seed; it is no confidence interval.
+a thin grey line). Band: from the lowest to the highest seed; it is no confidence interval. Curves
+have unfinished runs, too; "1 of 2 seeds" counts those that are finished.
 """
 BESIDE = """\
 ## Beside the paper's Table 1
@@ -260,7 +261,7 @@ def draw_curves(path, results, what, title):
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel in panels[len(results[overall]) :]:
         panel.set_visible(False)
-    for panel, (preset, row) in zip(panels, results[overall].items()):
+    for panel, (preset, row) in zip(panels, results[overall].items(), strict=False):
         for task in tasks:
             row_of_task = results[task][preset]
             episodes = map(mean, of_seeds(row_of_task, "episodes"))
@@ -271,8 +272,8 @@ def draw_curves(path, results, what, title):
         panel.plot(episodes, list(map(mean, values)), marker=".", clip_on=False)
         panel.fill_between(episodes, list(map(min, values)), list(map(max, values)), alpha=0.25)
         done = sum(one["state"] == "finished" for one in row.values())
-        seeds = "" if done == len(row) else f" ({done} of {len(row)} seeds finished)"
-        panel.set_title(preset + seeds, fontsize="medium")
+        seeds = "" if done == len(row) else f" ({done} of {len(row)} seeds)"
+        panel.set_title(preset + seeds, fontsize="small")
     panels[0].set_ylim((0, 1) if what == "success" else (-100, 100))
     figure.suptitle(title)
     figure.supxlabel("training episodes")

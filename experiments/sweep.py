@@ -108,7 +108,7 @@ def make_cells(args, shared):
 
 def start(run_dir, argv, env):
     """Start or continue a run in a process of its own."""
-    if (run_dir / "settings.json").exists():
+    if runs.checkpoints(run_dir):
         argv = ["--resume", "--run-dir", str(run_dir)]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run_dir}.log", "ab") as log:
@@ -181,7 +181,7 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, help="folder of the sweep [sweeps/EXPERIMENT]")
-    parser.add_argument("--tasks", nargs="+", help="a run for each task")
+    parser.add_argument("--tasks", nargs="+", help="a run for each [the environment's choice]")
     parser.add_argument("--presets", nargs="+", default=["grpo", "empo2"], help=", ".join(PRESETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
@@ -199,8 +199,8 @@ def parse(argv):
         own += part[:cut]
         shared += part[cut + 1 :]
     args = parser.parse_args(own)
-    if not args.out or not (args.tasks or args.report):
-        raise ValueError(f"name an experiment ({', '.join(EXPERIMENTS)}), or --out and --tasks")
+    if not args.out:
+        raise ValueError(f"name an experiment ({', '.join(EXPERIMENTS)}), or a folder with --out")
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}; it must be positive")
     for preset in args.presets:
@@ -256,6 +256,7 @@ def check_same(out, old, settings):
 
 def sweep(args, shared, argv):
     """Run the cells that are not finished, and write the report. Returns how many cells failed."""
+    args.tasks = args.tasks or train.parse(shared)[0].tasks  # the environment's own choice
     settings = common_settings(args, shared)
     cells = make_cells(args, shared)
     path = args.out / "sweep.json"
@@ -305,7 +306,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("sweep: stopped; the same command continues", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
     print(f"{failed} runs failed; see {args.out}/summary.md and curves.png")

@@ -11,11 +11,10 @@ Best and worst go by score, then return. What could steer a terminal is shown as
 
 import argparse
 import html
+import json
 import os
 import sys
 from pathlib import Path
-
-import runs
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>Episodes</title>
@@ -37,6 +36,16 @@ def visible(text, keep=""):
         safe = c.isprintable() or c in keep
         shown.append(c if safe else c.encode("unicode_escape").decode())
     return "".join(shown)
+
+
+def read(path):
+    """The episodes of a file, numbered by line; without runs.py, which loads torch for seconds."""
+    episodes = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):  # the last line of a running run may be half written
+                episodes.append({"number": number, **json.loads(line)})
+    return episodes
 
 
 def headline(e):
@@ -152,9 +161,7 @@ def main(argv=None):
             raise ValueError(f"{args.run} is no run with episodes: there is no {path}")
         if args.html and args.html.exists() and not args.force:
             raise ValueError(f"{args.html} exists; --force overwrites it")
-        episodes = runs.records(path)
-        for number, e in enumerate(episodes, 1):
-            e["number"] = number
+        episodes = read(path)
         chosen = choose(episodes, args)
         if args.html:
             args.html.write_text(page(chosen), encoding="utf-8")

@@ -34,8 +34,10 @@ except BlockingIOError:
 with open(run_dir / "starts", "a") as file:
     file.write(json.dumps(argv) + chr(10))
 (run_dir / "settings.json").write_text(json.dumps({"iterations": 4}))
+(run_dir / "checkpoint-0").mkdir(exist_ok=True)
+end = time.time() + 60
 try:
-    while not pathlib.Path("GO").exists():
+    while not pathlib.Path("GO").exists() and time.time() < end:
         time.sleep(0.02)
         print("EMPO²", file=sys.stderr)
 except KeyboardInterrupt:
@@ -76,7 +78,7 @@ def start(out, argv):
     code = "import sys; from experiments import sweep; sweep.TRAIN = sys.argv[1];"
     code += "sys.exit(sweep.main(sys.argv[2:]))"
     process = subprocess.Popen([sys.executable, "-c", code, str(sweep.TRAIN), *argv], cwd=ROOT)
-    while not (out / "radio/grpo/0/settings.json").exists():
+    while not runs.checkpoints(out / "radio/grpo/0"):
         assert process.poll() is None, "the sweep ended too early"
         time.sleep(0.02)
     return process
@@ -100,10 +102,18 @@ def test_each_run_gets_its_preset_and_is_not_repeated(out, capsys):
         assert given.count("--preset") == 1
         assert (settings.preset, settings.memory_prob) == (preset, memory_prob)
         assert (settings.tasks, settings.seed, settings.iterations) == (["radio"], 0, 4)
-    assert sweep.main([*argv[:5], "0", "1", *argv[6:]]) == 0  # with another seed
-    assert "4 runs, 2 of them to do" in capsys.readouterr().out
+    assert sweep.main(command(out, "--seeds", "0", "1")) == 0  # one more; what was there stays
+    assert "2 runs, 1 of them to do" in capsys.readouterr().out
     assert len(starts(out, "radio/grpo/0")) == len(starts(out, "radio/grpo/1")) == 1
-    assert "| preset | seed 0 | seed 1 | mean " in (out / "summary.md").read_text()
+    presets = json.loads((out / "results.json").read_text())["tasks"]["radio"]
+    states = {preset: [cell["state"] for cell in row.values()] for preset, row in presets.items()}
+    assert states == {"grpo": ["finished", "finished"], "empo2": ["finished", "missing"]}
+
+
+def test_without_tasks_it_takes_those_of_the_environment(out):
+    (out.parent / "GO").touch()
+    assert sweep.main(["--out", str(out), "--presets", "grpo", "--seeds", "0", *SHARED]) == 0
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"radio", "fan"}
 
 
 def test_a_killed_sweep_leaves_no_run_twice(out, capsys):
@@ -152,7 +162,7 @@ def test_bad_input_is_refused_in_one_line(out, capsys):
         (command(out, shared=[*SHARED, "--seed", "1"]), "--seed stands after --"),
         (command(out, shared=[*SHARED, "--eval-every", "0"]), "add -- --eval-every 5"),
         (command(out, "--jobs", "0"), "--jobs is 0"),
-        (["--seeds", "1"], "--out and --tasks"),
+        (["--seeds", "1"], "a folder with --out"),
         (["laptpo"], "laptop"),
         (["--out", str(out / "none"), "--report"], "no sweep here"),
     ):

@@ -15,10 +15,8 @@ from conftest import ROOT
 
 from experiments import view
 
-BAD = (
-    "<b>&amp;</b></pre></details><script>alert(1)</script>\"' \x1b[31m\r\x07 \u202e \0 \ud800 \x9b"
-)
-SHOWN = BAD[: BAD.index("\x1b")] + r"\x1b[31m\r\x07 \u202e \x00 \ud800 \x9b"
+BAD = "<b>&amp;</b></pre></details><script>x</script>\"' \x1b[31m\r\x07 \u202e \0 \u2028 \x85 \x9b"
+SHOWN = BAD[: BAD.index("\x1b")] + r"\x1b[31m\r\x07 \u202e \x00 \u2028 \x85 \x9b"
 
 
 def turn(mode="plain", update="on-policy", tips=(), **more):
@@ -57,18 +55,17 @@ def episode(iteration=0, task="radio", score=0.0, **more):
     }
 
 
-# Numbers 1 to 9: in each iteration scores 0, 50 and -100.
+# Numbers 1 to 9: in each iteration scores 0, 50 and -100, with better returns in later ones.
 NINE = []
 for iteration in range(3):
-    NINE.append(episode(iteration, "radio", 0.0))
-    NINE.append(episode(iteration, "fan", 50.0))
-    NINE.append(episode(iteration, "radio", -100.0))
+    for task, score in (("radio", 0.0), ("fan", 50.0), ("radio", -100.0)):
+        NINE.append(episode(iteration, task, score, **{"return": iteration}))
 
 
 @pytest.fixture
 def run(tmp_path):
     def write(episodes):
-        lines = [json.dumps(e) + "\n" for e in episodes]
+        lines = [json.dumps(e, ensure_ascii=False) + "\n" for e in episodes]
         (tmp_path / "episodes.jsonl").write_text("".join(lines) + '{"half a li')
         return str(tmp_path)
 
@@ -112,7 +109,7 @@ def test_modes_tips_and_figures(run, capsys):
         ("--task radio", [7, 9]),
         ("--iteration 1", [5, 6]),
         ("--iteration 0 1 --list", [1, 2, 3, 4, 5, 6]),
-        ("--best 2", [2, 5]),
+        ("--best 2", [5, 8]),
         ("--worst 1 --iteration 2", [9]),
         ("--best 1 --worst 1 --task radio --iteration 0", [1, 3]),
         ("--best 99 --worst 99", [1, 2, 3, 4, 5, 6, 7, 8, 9]),
@@ -136,6 +133,7 @@ def test_hostile_text_is_shown_as_text(run, capsys, tmp_path):
         shown(capsys, run([e]), "--html", str(tmp_path / "page.html"), "--force")
         pages.append((tmp_path / "page.html").read_text(encoding="utf-8"))
     tags = [re.findall("<[^>]*>", text) for text in pages]
+    assert '<pre class="text">\n\n&lt;b' in pages[0], "its empty first line survives"
     assert tags[0] == tags[1] and pages[0].count(html.escape(SHOWN)) == 8
     assert all(c.isprintable() or c in "\n\t" for c in out + pages[0])
 
