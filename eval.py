@@ -66,12 +66,21 @@ def figures(episodes):
 
 
 def evaluate(
-    policy, envs, pool, episodes, s, rng, progress=rollout.no_progress, tips=None, embed=None
+    policy,
+    envs,
+    pool,
+    episodes,
+    s,
+    rng,
+    progress=rollout.no_progress,
+    tips=None,
+    embed=None,
+    tell=False,
 ):
     """Play `episodes` of each (task, variation) of the pool, without learning -> the episodes.
 
-    At s.eval_temperature; tip-free, or with a memory `tips` at every turn. Each has written its tip
-    at the training temperature if `embed` is given; nothing is added to the memory.
+    At s.eval_temperature; tip-free, or with the memory `tips` at every turn, which needs `embed`.
+    tell: each episode's tip is written, at the training temperature; no memory is changed.
     """
     jobs = []
     for group, (task, variation) in enumerate(pool):
@@ -83,7 +92,7 @@ def evaluate(
         played = []
         waves = rollout.rollout(policy, envs, jobs, tips, embed, playing, rng, EnvFault, progress)
         for wave in waves:
-            if embed:
+            if tell:
                 rollout.write_tips(policy, wave, s, progress)
             played += wave
         if played:
@@ -153,9 +162,17 @@ def play(policy, envs, pool, trial, shown, embed, args, s, progress):
     """One trial of one task -> its row, its episodes and (ood) the tips that they wrote."""
     task = pool[0][0]
     rng = np.random.default_rng([args.seed, zlib.crc32(task.encode()), trial])
-    ood = args.protocol == "ood"
     played = evaluate(
-        policy, envs, pool, args.episodes, s, rng, progress, shown, embed if ood else None
+        policy,
+        envs,
+        pool,
+        args.episodes,
+        s,
+        rng,
+        progress,
+        tips=shown,
+        embed=embed,
+        tell=args.protocol == "ood",
     )
     turns = [turn for episode in played for turn in episode.turns]
     tips = []

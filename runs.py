@@ -291,5 +291,5 @@ def records(path):
     """The whole lines of a JSON-lines file, which may be growing; [] if it is absent."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    with open(path, encoding="utf-8") as file:  # not splitlines: U+2028 ends no line here
+        return [json.loads(line) for line in file if line.endswith("\n")]
