@@ -235,7 +235,8 @@ class ScienceWorld(Env):
                     text += f"\n> {action}\n{observation}"
                 missing -= 1
         if missing:
-            raise ValueError(f"shots={self.shots}: {task} has {missing} solved examples too few")
+            have = self.shots - missing
+            raise ValueError(f"shots={self.shots}, but {task} has only {have} solved examples")
         return text
 
     def act(self, action: str) -> tuple[str, int, bool, str]:
