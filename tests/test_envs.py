@@ -5,7 +5,6 @@ python -m pytest tests/test_envs.py          (under a minute; -k house needs no 
 
 import doctest
 import importlib
-import os
 import pathlib
 import signal
 import subprocess
@@ -19,19 +18,7 @@ from envs import UNKNOWN, Env, make
 
 ROOT = pathlib.Path(envs.__file__).parent
 TASK = {"scienceworld": "power-component", "house": "radio"}
-HOSTILE = [
-    "",
-    "   ",
-    "open " * 2_000,
-    "\u706b \U0001f600 caf\u00e9",
-    "a\x00b\x1b[2J\x7f",
-    "\ud800",
-    "quote \" ' \\ \\n $ {} %s",
-    "-1",
-    "focus on",
-    "reset task",
-    "look around\nlook around",
-]
+HOSTILE = ["", "open " * 2_000, "\u706b a\x00b\x1b[2J", "\ud800", "-1", "reset task", "look\nlook"]
 
 
 @pytest.fixture(params=["scienceworld", "house"])
@@ -52,18 +39,17 @@ def test_contract(name):
     """Types, keys, rewards that sum to the score, a gold path that reaches 100, use after close."""
     env, task = make(name, step_limit=40), TASK[name]
     observation, info = env.reset(task, 0)
-    assert isinstance(observation, str)
+    assert observation
+    assert info == {"task": info["task"], "prompt": info["prompt"], "score": 0}
     assert info["task"] in info["prompt"]
-    assert info.keys() == {"task", "prompt", "score"}
     assert env.valid_actions() == sorted(env.valid_actions())
     assert env.VERSION.startswith(name)
     assert set(env.DEFAULT_TASKS) <= set(env.tasks())
     total, played, terminated = 0.0, 0, False
     for action in env.gold_path():
         assert not terminated
-        observation, reward, terminated, truncated, info = env.step(action)
+        _, reward, terminated, truncated, info = env.step(action)
         total, played = total + reward, played + 1
-        assert isinstance(observation, str)
         assert info == {"score": total, "action": action}
         assert (env.steps, env.score, truncated) == (played, total, False)
         if terminated:
@@ -81,6 +67,7 @@ def test_step_limit_is_exact_and_gold_path_is_no_step(name):
     """A limit of n is n actions. Asking for the solution changes neither state nor count."""
     env = make(name, step_limit=3)
     assert env.limit(TASK[name]) == 3
+    assert make("house").limit("radio") == 12
     env.reset(TASK[name], 2)
     first = env.step("look around")
     env.gold_path()
@@ -117,7 +104,6 @@ def test_errors_are_one_line_and_say_what_exists(name):
     last = max(env.variations(task, "test"))
     for call, hint in [
         (lambda: make("webshop"), "scienceworld, house"),
-        (lambda: make("hose"), "did you mean house?"),
         (lambda: make(name, colour=1), "step_limit"),
         (lambda: make(name, step_limit=0), "at least 1"),
         (lambda: env.reset(task[:-2], 0), task),
@@ -142,17 +128,6 @@ def test_an_environment_without_one_of_the_six_methods_says_which():
         Half()
 
 
-def test_defaults_belong_to_the_environment():
-    """The default limit, but a task's own limit first, and first of all what the user says."""
-
-    class Hurried(envs.env_class("house")):
-        STEP_LIMITS = {"fan": 5}  # noqa: RUF012
-
-    assert Hurried().limit("radio") == make("house").limit("radio") == 12
-    assert Hurried().limit("fan") == 5
-    assert Hurried(step_limit=7).limit("fan") == 7
-
-
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scienceworld", None)
     monkeypatch.delitem(sys.modules, "worlds.scienceworld", raising=False)
@@ -160,23 +135,10 @@ def test_a_missing_package_is_named(monkeypatch):
         make("scienceworld")
 
 
-def test_splits_partition_the_variations(name):
-    """Train, dev and test, in this order, none empty."""
-    env = make(name)
-    for task in env.tasks():
-        parts = [env.variations(task, split) for split in ("train", "dev", "test")]
-        assert all(parts)
-        assert sum(parts, []) == list(range(env.variation_count(task)))
-
-
 def by_hand(*arguments, text=""):
+    command = [sys.executable, "envs.py", *arguments]
     return subprocess.run(
-        [sys.executable, "envs.py", *arguments],
-        cwd=ROOT,
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=60,
+        command, cwd=ROOT, input=text, capture_output=True, text=True, check=False
     )
 
 
@@ -186,10 +148,9 @@ def test_play_the_house_by_hand():
     shown = by_hand(*task, text="valid\ngold\n")
     assert shown.returncode == 0
     assert "look around" in shown.stdout
-    solution = shown.stdout[shown.stdout.index("open", shown.stdout.rindex("inventory")) :]
     env = make("house")
     env.reset("radio", 0)
-    assert "\n".join(env.gold_path()[1:]) in solution
+    assert "\n".join(env.gold_path()) in shown.stdout
     won = by_hand(*task, text="\n".join(env.gold_path()))
     assert (won.returncode, won.stderr) == (0, "")
     assert "The episode is over: finished, score 100." in won.stdout
@@ -206,18 +167,13 @@ def test_play_scienceworld_by_hand():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_ends_the_game_cleanly():
-    child = subprocess.Popen(
-        [sys.executable, "-u", "envs.py", "--env", "house", "--task", "fan"],
-        cwd=ROOT,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    command = [sys.executable, "-u", "envs.py", "--env", "house", "--task", "fan"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    child = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
     while "You need" not in child.stdout.readline():
         pass
     time.sleep(0.5)  # it asks for an action
-    os.kill(child.pid, signal.SIGINT)
+    child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=30)
     assert (child.returncode, errors) == (0, "")
 

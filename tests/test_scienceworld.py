@@ -22,16 +22,6 @@ from worlds import scienceworld
 from worlds.scienceworld import Jvm
 
 ROOT = pathlib.Path(envs.__file__).parent
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-# Played twice by the parity test.
-PAPER_TASKS = """
-    chemistry-mix chemistry-mix-paint-secondary-color chemistry-mix-paint-tertiary-color find-animal
-    find-living-thing find-non-living-thing find-plant identify-life-stages-1
-    identify-life-stages-2 lifespan-longest-lived lifespan-longest-lived-then-shortest-lived
-    lifespan-shortest-lived power-component power-component-renewable-vs-nonrenewable-energy
-    test-conductivity test-conductivity-of-unknown-substances
-    measure-melting-point-known-substance use-thermometer
-""".split()
 
 
 def playing(count=1, task="boil", **options):
@@ -49,8 +39,9 @@ def test_splits_are_the_simulators():
         env.reset(task, 0)
         simulator = env.simulator()
         for split in ("train", "dev", "test"):
-            theirs = getattr(simulator.server, f"getVariations{split.capitalize()}")
-            assert env.variations(task, split) == simulator.ask(theirs)
+            theirs = simulator.ask(getattr(simulator.server, f"getVariations{split.capitalize()}"))
+            assert type(theirs) is list, "fetched while ask() watches"
+            assert env.variations(task, split) == theirs
 
 
 @pytest.mark.parametrize(
@@ -71,9 +62,7 @@ def test_prompts():
     expected = {
         "boil": "substance.",
         "use-thermometer": "thermometer; unknown substance B.",
-        "measure-melting-point-known-substance": "thermometer; chocolate; blue box; orange box.",
         "identify-life-stages-1": "4 life stages of the turtle.",
-        "mendelian-genetics-known-plant": "red box; green box.",
     }
     for task in env.tasks():
         _, info = env.reset(task, 0)
@@ -159,24 +148,21 @@ def agree(task, ours, theirs):
     """
     if task not in NOISE:
         return ours == theirs
-    both = zip(ours[:-1], theirs[:-1])
-    close = all(abs(a - b) <= NOISE[task] for a, b in both)
+    close = all(abs(a - b) <= NOISE[task] for a, b in zip(ours[:-1], theirs[:-1]))
     return close and (ours[-1] == theirs[-1] or task == "grow-fruit")
 
 
 def test_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
-    """48 solutions, in eight interleaved simulators of one JVM: the same scores, step by step."""
+    """45 solutions, in eight interleaved simulators of one JVM: the same scores, step by step."""
     from scienceworld import ScienceWorldEnv
 
     slow = "get_valid_action_object_combinations"
     monkeypatch.setattr(ScienceWorldEnv, slow, lambda self: [])
     # The stock wrapper knows only the java on PATH.
-    monkeypatch.setenv(
-        "PATH", os.path.dirname(scienceworld.find_java()) + os.pathsep + os.environ["PATH"]
-    )
+    monkeypatch.setenv("PATH", os.path.dirname(scienceworld.find_java()), prepend=os.pathsep)
     stock, theirs, paths = ScienceWorldEnv(envStepLimit=10**6), {}, {}
-    episodes = [(task, 0) for task in make("scienceworld").tasks()]
-    episodes += [(task, 3) for task in PAPER_TASKS]
+    tasks = make("scienceworld").tasks()
+    episodes = [(task, 0) for task in tasks] + [(task, 3) for task in tasks[::2]]
     for episode in episodes:
         stock.load(*episode, "easy", generateGoldPath=True)
         paths[episode] = stock.get_gold_action_sequence()
@@ -188,7 +174,7 @@ def test_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
             if over:
                 break
     stock.close()
-    assert sum(scores[-1] == 100 for scores in theirs.values()) >= 47
+    assert sum(scores[-1] == 100 for scores in theirs.values()) >= 44
 
     waiting, ours = list(episodes), {episode: [] for episode in episodes}
     running = dict.fromkeys(make("scienceworld", step_limit=10**6) for _ in range(8))
@@ -212,25 +198,22 @@ def test_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
 
 
 def test_killed_jvm_is_a_fault_for_each_and_each_recovers():
-    """Many objects, one JVM. All running episodes are lost, once each; every reset works, in one new JVM."""
+    """All running episodes are lost, once each; every reset works, in one new JVM."""
     several = playing(3)
     first = Jvm.shared
     os.kill(first.process.pid, signal.SIGKILL)
     for env in several:
         with pytest.raises(EnvFault):
             env.step("look around")
+        with pytest.raises(RuntimeError, match="no episode is running"):
+            env.step("look around")
         env.reset("boil", 0)
         assert env.simulator().jvm is Jvm.shared is not first
     assert [env.step("go to hallway")[2] for env in several] == [False] * 3
-
-
-def test_jvm_that_died_between_episodes_is_replaced_silently():
-    """Nobody's episode was running, so nobody hears of it."""
-    (env,) = playing()
-    os.kill(Jvm.shared.process.pid, signal.SIGKILL)
+    # Between two episodes nobody hears of it.
+    Jvm.shared.process.kill()
     Jvm.shared.process.wait()
-    assert env.reset("boil", 0)
-    assert env.step("look around")
+    assert several[0].reset("boil", 0)
 
 
 def test_hung_jvm_costs_one_timeout(monkeypatch, capfd):
@@ -305,19 +288,14 @@ time.sleep(float(sys.argv[1]))
 
 def child(seconds, **environment):
     """A process of its own with a JVM, the JVM's id and its java."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(seconds)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-    )
+    command = [sys.executable, "-c", CHILD, str(seconds)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, **pipes)
     pid, java = process.stdout.readline().split()
     return process, pathlib.Path(f"/proc/{pid}"), java
 
 
-@LINUX
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_jvm_ends_with_its_process(killed):
     """After a normal exit, which is quiet, and even after kill -9."""
