@@ -53,11 +53,13 @@ def test_nothing_shown_before_the_right_container_is_opened_tells_where_a_thing_
             assert env.step(f"turn on {thing}")[0] == UNKNOWN
 
 
+WITH_PARTS = [0, 8, 16, 16, 24, 32, 32, 40, 48, 100]
 GOLD_SCORES = [
     ({"rooms": 4}, [0, 25, 50, 100]),
+    ({"rooms": 4, "parts": 2}, WITH_PARTS),
     ({"rooms": 1, "containers": 1}, [25, 50, 100]),
     ({"partial_credit": False}, [0, 0, 0, 100]),
-    (LAPTOP, [0, 8, 16, 16, 24, 32, 32, 40, 48, 100]),
+    (LAPTOP, WITH_PARTS),
 ]
 
 

