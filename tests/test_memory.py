@@ -3,96 +3,111 @@
 import numpy as np
 import pytest
 
-from memory import NoveltyStore, TipMemory, embed, embedder
+from memory import NoveltyStore, TipMemory, embedder
 
 
 def unit(*values):
     return np.array(values) / np.linalg.norm(values)
 
 
+X, Y = np.eye(2)
+
+
 def filled(**options):
-    """Four tips around the query (1, 0): cosines 1, 0.8, 0.6 and 0.4, scores 1, 2, 3 and 4."""
+    """Tips whose cosines with X are 1, 0.8, 0.6 and 0.4, with scores 1, 2, 3 and 4."""
     memory = TipMemory(**options)
-    for i, cosine in enumerate((1.0, 0.8, 0.6, 0.4)):
-        memory.add(unit(cosine, np.sqrt(1 - cosine**2)), f"cos {cosine}", i + 1, "slot")
+    for score, cosine in enumerate((1.0, 0.8, 0.6, 0.4), 1):
+        memory.add(unit(cosine, np.sqrt(1 - cosine**2)), f"cos {cosine}", score, "slot")
     return memory
 
 
 def test_retrieval_takes_similar_tips_by_score_or_by_similarity():
-    query = unit(1, 0)
-    assert filled().retrieve(query, "slot") == ["cos 0.6", "cos 0.8", "cos 1.0"]
-    assert filled(rank="similarity").retrieve(query, "slot") == ["cos 1.0", "cos 0.8", "cos 0.6"]
-    assert filled(k=1).retrieve(query, "slot") == ["cos 0.6"]
-    assert filled(threshold=0.7, k=1).retrieve(query, "slot") == ["cos 0.8"], (
-        "filtered first, then the k best"
-    )
-    assert filled().retrieve(unit(-1, 0), "slot") == [] == filled().retrieve(query, "other")
-    with pytest.raises(ValueError, match="rank"):
-        TipMemory(rank="best")
+    assert filled().retrieve(X, "slot") == ["cos 0.6", "cos 0.8", "cos 1.0"]
+    similar = filled(rank="similarity").retrieve(X, "slot")
+    assert similar == ["cos 1.0", "cos 0.8", "cos 0.6"]
+    # Filtered first, then the best.
+    assert filled(threshold=0.7, max_tips=1).retrieve(X, "slot") == ["cos 0.8"]
+    assert filled().retrieve(-X, "slot") == [] == filled().retrieve(X, "other")
+    assert filled(threshold=1.0).retrieve(X, "slot") == ["cos 1.0"]
+    many = TipMemory()
+    for i in range(12):
+        many.add(X, str(i), -i, "slot")
+    assert many.retrieve(X, "slot") == [str(i) for i in range(10)]
 
 
-def test_capacity_duplicates_and_ties():
-    memory = TipMemory(capacity=3, k=9)
+def test_capacity_duplicates_ties_and_slots():
+    memory = TipMemory(capacity=3)
     for i in range(5):
-        memory.add(unit(1, 0), f"tip {i}", 0, "slot")
-        memory.add(unit(1, 0), f"tip {i}", 99, "slot")
-    assert memory.retrieve(unit(1, 0), "slot") == ["tip 4", "tip 3", "tip 2"], (
-        "oldest dropped, newer first"
-    )
-    memory.add(unit(1, 0), "elsewhere", 0, "other")
-    assert len(memory) == 4 and memory.retrieve(unit(1, 0), "other") == ["elsewhere"]
+        memory.add(X, f"tip {i}", 0, "slot")
+        memory.add(X, f"tip {i}", 99, "slot")  # ignored, with its score
+    assert memory.retrieve(X, "slot") == ["tip 4", "tip 3", "tip 2"]  # the newer first
+    memory.add(X, "tip 4", 0, "other")
+    memory.add(Y, "another", 5, "slot")
+    assert len(memory) == 4 and memory.retrieve(X, "other") == ["tip 4"]
+    assert memory.retrieve(X, "slot") == ["tip 4", "tip 3"] and memory.slots["slot"].scores[-1] == 5
+    many = TipMemory()
+    for i in range(1001):
+        many.add(X, str(i), 0, "slot")
+    assert len(many) == 1000
 
 
-def test_novelty_is_one_over_visits_to_similar_states_per_slot():
-    novelty = NoveltyStore(threshold=0.5)
-    a, like_a, b = unit(1, 0), unit(1, 0.5), unit(0, 1)
-    assert [novelty.visit(x, "s") for x in (a, like_a, b, a, b)] == [1, 1 / 2, 1, 1 / 3, 1 / 2]
-    assert novelty.visit(a, "t") == 1 and len(novelty) == 3
-    assert [novelty.visit(np.zeros(2), "s") for _ in range(3)] == [1, 1 / 2, 1 / 3], (
-        "texts without words are alike"
-    )
+def test_novelty_is_one_over_the_visits_to_similar_states_of_the_slot():
+    novelty = NoveltyStore()
+    visits = [X, unit(1, 1.7), unit(1, 1.8), X, Y]  # cosines with X: 0.507, 0.486
+    assert novelty.rewards(visits, "s") == [1, 1 / 2, 1, 1 / 3, 1 / 2]
+    assert novelty.rewards(visits, "s")[0] == 1 and len(novelty) == 0  # asking stores nothing
+    novelty.add(visits, "s")
+    assert novelty.rewards([X, Y, X], "s") == [1 / 4, 1 / 3, 1 / 5]  # to the most similar one
+    assert novelty.rewards([X], "t") == [1] and len(novelty) == 2
+    novelty.add([np.zeros(2)] * 2, "s")  # texts without words are like nothing but each other
+    assert novelty.rewards([np.zeros(2), X], "s") == [1 / 3, 1 / 4]
 
 
 @pytest.mark.parametrize("kind", [TipMemory, NoveltyStore])
 def test_saved_and_loaded_unchanged_and_damage_is_named(kind, tmp_path):
-    path, store = tmp_path / "store.npz", kind()
+    path = tmp_path / "store.npz"
+    store = kind()
     store.save(path)
     kind().load(path)  # an empty one
-    texts = ["a\nb\0", "ünï 中 <|im_end|>", "x" * 5000]
-    for i, key in enumerate(np.eye(3)):
-        store.add(key, texts[i], i, "s") if kind is TipMemory else store.visit(key, "s")
+    for i, text in enumerate(["a\nb\0", "ünï 中 <|im_end|>", "x" * 5000]):
+        for slot in ("s", "t")[: i + 1]:
+            if kind is TipMemory:
+                store.add(np.eye(3)[i], text, i, slot)
+            else:
+                store.add([np.eye(3)[i]] * (i + 1), slot)
     store.save(path)
-    other = kind()
-    other.load(path)
-    if kind is TipMemory:
-        assert other.slots["s"]["texts"] == texts and other.retrieve(np.eye(3)[1], "s") == [
-            texts[1]
-        ]
-    assert (other.slots["s"]["keys"] == store.slots["s"]["keys"]).all() and len(other) == 3
+    again = kind()
+    again.load(path)
+    assert list(again.slots) == ["s", "t"] and len(again) == len(store) == 5
+    for slot, held in again.slots.items():
+        assert str(held) == str(store.slots[slot])
     whole = path.read_bytes()
     for damaged in (whole[:-30], whole[: len(whole) // 2], b"", b"not a zip"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="store.npz: damaged"):
             kind().load(path)
+    np.savez_compressed(path, keys=np.eye(3), meta=np.frombuffer(b'[["s", 2, []]]', np.uint8))
+    with pytest.raises(ValueError, match="do not fit together"):
+        kind().load(path)
 
 
 def test_embedding_is_unit_rows_and_like_texts_are_alike():
-    vectors = embed(
-        ["You move to the kitchen.", "You move to the kitchen!", "A picture of a dog", ""]
-    )
-    assert vectors.shape == (4, 1024) and np.linalg.norm(vectors[:3], axis=1) == pytest.approx(1)
-    assert vectors[0] @ vectors[1] > 0.99 and vectors[0] @ vectors[2] < 0.5 and not vectors[3].any()
+    embed = embedder()
+    texts = ["Move to the kitchen.", "move to the KITCHEN!", "kitchen the to move", "A 5 dog", ""]
+    vectors = embed(texts)
+    assert vectors.shape == (5, 1024) and vectors.dtype == np.float32
+    assert np.linalg.norm(vectors[:4], axis=1) == pytest.approx(1) and not vectors[4].any()
+    assert vectors[0] @ vectors[1] == pytest.approx(1) and vectors[0] @ vectors[3] == 0
+    assert vectors[0] @ vectors[2] == pytest.approx(4 / 7)  # 4 words of 7 parts; pairs have order
+    assert embed(["A 7 dog"])[0] @ vectors[3] < 0.7  # a digit is a word
     assert embed([]).shape == (0, 1024)
 
 
 def test_a_sentence_encoder_is_mean_pooled_and_a_missing_one_is_one_line(tmp_path, checkpoint):
     encode = embedder(checkpoint)  # any transformer encodes; this one is at hand
-    short, padded = (
-        encode(["a box"]),
-        encode(["a box", "a much longer sentence about a kitchen and a radio"]),
-    )
-    assert np.linalg.norm(padded, axis=1) == pytest.approx(1) and padded[0] == pytest.approx(
-        short[0], abs=1e-5
-    )
-    with pytest.raises(ValueError, match="could not be loaded"):
+    (alone,) = encode(["a box"])
+    padded = encode(["a box", "a much longer sentence about a kitchen and a radio"])
+    assert np.linalg.norm(padded, axis=1) == pytest.approx(1)
+    assert padded[0] == pytest.approx(alone, abs=1e-5) and encode([]).shape == (0, 64)
+    with pytest.raises(ValueError, match="--embedder .*could not be loaded"):
         embedder(str(tmp_path / "nothing"))

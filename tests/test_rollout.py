@@ -1,0 +1,269 @@
+"""Rolling out, tips and intrinsic rewards, on toy classes.     pytest tests/test_rollout.py"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import rollout
+import train
+from empo2 import grpo_advantages
+from envs import EnvFault, make
+from memory import NoveltyStore, TipMemory, embedder
+from policy import Policy
+from rollout import Episode, Job, Turn
+from settings import Settings
+
+EMBED = embedder()
+STOP = 0
+
+
+class ToyPolicy:
+    """Every id is a character; an action is a digit that the first uniform number decides.
+
+    Nine is cut at the token limit.
+    """
+
+    header = [ord("A")]
+    stop_ids = [STOP]
+
+    def __init__(self):
+        self.shown = []
+
+    def forget(self):
+        pass
+
+    def message(self, role, text):
+        return [ord(c) for c in f"<{role[0]}:{text}>"]
+
+    def closing(self, action_ids):
+        return [ord("|")]
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids if i != STOP)
+
+    def sample(self, prompts, uniforms, temperature, lanes):
+        self.shown += [self.decode(prompt) for prompt in prompts]
+        digits = [ord("0") + int(10 * u[0]) for u in uniforms]
+        actions = [[digit] if digit == ord("9") else [digit, STOP] for digit in digits]
+        return actions, [[-float(len(prompt))] for prompt in prompts]
+
+
+class ToyEnv:
+    """Four turns, whose rewards are the digits; variation 9 crashes at the second turn."""
+
+    def reset(self, task, variation):
+        self.variation = variation
+        self.turns = self.score = 0
+        return "start", {"prompt": "P", "task": f"T-{task}", "score": 0}
+
+    def step(self, action):
+        self.turns += 1
+        if self.variation == 9 and self.turns == 2:
+            raise EnvFault("died")
+        self.score += int(action)
+        info = {"score": self.score, "action": f"sent {action}"}
+        return f"seen{action}", float(action), self.score > 20, self.turns == 4, info
+
+
+JOBS = [Job("task", 0, 0, member) for member in range(5)]
+
+
+def memory_of(*tips):
+    """The score of a tip is its place."""
+    memory = TipMemory(threshold=0.0)
+    for score, tip in enumerate(tips):
+        memory.add(EMBED(["T-task\nstart"])[0], tip, score, "task/0")
+    return memory
+
+
+def play(jobs=JOBS, memory=None, lanes=3, seed=0, **options):
+    """(policy, episodes) of a rollout; the memory holds "old tip" unless another is given."""
+    memory = memory_of("old tip") if memory is None else memory
+    s = Settings(**options)
+    policy = ToyPolicy()
+    rng = np.random.default_rng(seed)
+    envs = [ToyEnv() for _ in range(lanes)]
+    waves = rollout.rollout(policy, envs, jobs, memory, EMBED, s, rng, EnvFault)
+    return policy, [episode for wave in waves for episode in wave]
+
+
+# --- Rolling out ----------------------------------------------------------------------------------
+def test_an_episode_is_what_was_sampled_and_what_came_of_it():
+    _, episodes = play(memory_prob=0.5, seed=1)
+    assert [e.job for e in episodes] == JOBS
+    assert {e.ended for e in episodes} == {"completed", "step limit"}
+    for e in episodes:
+        assert e.score == sum(turn.reward for turn in e.turns)
+        assert e.ended == ("completed" if e.score > 20 else "step limit")
+        observation = "start"
+        for t, turn in enumerate(e.turns):
+            digit = chr(turn.action_ids[0])
+            assert (turn.observation, turn.next_observation) == (observation, f"seen{digit}")
+            assert turn.action == f"sent {digit}" and turn.reward == int(digit)
+            assert turn.logps == [-len(e.prompt(t, with_tips=True))]
+            assert turn.action_cut == (digit == "9")
+            observation = turn.next_observation
+
+
+def test_tips_are_shown_only_at_the_turn_they_were_retrieved_for():
+    policy, episodes = play(memory_prob=0.5)
+    with_tips = [shown for shown in policy.shown if "old tip" in shown]
+    modes = [bool(turn.tips) for e in episodes for turn in e.turns]
+    assert 0 < len(with_tips) == sum(modes) < len(modes) == len(policy.shown)
+    for shown in with_tips:
+        assert shown.endswith("<u:Tips from earlier attempts at this task:\n- old tip>A")
+        assert shown.count("old tip") == 1
+
+
+@pytest.mark.parametrize("level", ["turn", "episode", "batch"])
+def test_rollout_modes_are_drawn_at_their_level(level):
+    batches = []
+    for seed in range(20):
+        _, episodes = play(memory_prob=0.4, mode_level=level, seed=seed)
+        batches.append([{bool(turn.tip_ids) for turn in e.turns} for e in episodes])
+    assert any(len(modes) == 2 for batch in batches for modes in batch) == (level == "turn")
+    assert any(len(set.union(*batch)) == 2 for batch in batches) == (level != "batch")
+    assert len({frozenset(modes) for batch in batches for modes in batch}) >= 2
+
+
+@pytest.mark.parametrize("level", ["turn", "episode", "batch"])
+def test_p_0_never_asks_and_nothing_retrieved_is_mode_1(level):
+    never = SimpleNamespace(retrieve=None)
+    for p, memory in ((0.0, never), (1.0, memory_of()), (1.0, memory_of("old tip"))):
+        policy, episodes = play(memory_prob=p, mode_level=level, memory=memory)
+        expected = {"Tips" in shown for shown in policy.shown}
+        assert {bool(turn.tip_ids) for e in episodes for turn in e.turns} == expected
+        assert expected == {memory is not never and len(memory) > 0}
+
+
+def test_a_crashed_simulator_drops_its_episode_and_only_that():
+    jobs = [Job("task", variation, 0, 0) for variation in (0, 9, 0, 9, 0)]
+    _, episodes = play(jobs)
+    _, undisturbed = play()
+    assert [e.turns for e in episodes] == [undisturbed[i].turns for i in (0, 2, 4)]
+
+
+def test_a_simulator_that_does_not_start_is_tried_five_times():
+    tries = []
+
+    def reset(task, variation):
+        tries.append(task)
+        raise EnvFault("no Java")
+
+    with pytest.raises(RuntimeError, match="five times in a row: no Java"):
+        rollout.begin(ToyPolicy(), SimpleNamespace(reset=reset), JOBS[0], None, 0, EnvFault)
+    assert len(tries) == 5
+
+
+def test_the_context_limit_drops_the_worst_tips_first_and_then_ends_the_episode():
+    memory = memory_of("bad", "good", "best")
+    options = {"memory": memory, "memory_prob": 1.0, "action_tokens": 2}
+    _, (whole, *_) = play(**options)
+    without = len(whole.prompt(3, with_tips=False)) + 2
+    with_best = without + len(rollout.tips_message(ToyPolicy(), ["best"]))
+    for context, shown in ((with_best, ["best"]), (with_best - 1, []), (without, [])):
+        _, (e, *_) = play(**options, context=context)
+        assert e.turns[3].tips == shown and e.turns[3].tips_left_out == 3 - len(shown)
+        assert bool(e.turns[3].tip_ids) == bool(shown)
+    _, (e, *_) = play(**options, context=without - 1)
+    assert e.ended == "context full" and len(e.turns) == 3
+    with pytest.raises(ValueError, match="no room for even one turn of task"):
+        play(context=20)
+
+
+# --- Tips -----------------------------------------------------------------------------------------
+def test_a_tip_is_written_from_the_whole_tip_free_episode():
+    s = Settings()
+    policy, (e, other, silent, *_) = play(memory_prob=1.0)
+    policy.shown.clear()
+    rollout.write_tips(policy, [e], s)
+    a, b, c, d = (chr(turn.action_ids[0]) for turn in e.turns)
+    dialogue = f"<s:P><u:start>A{a}|<u:seen{a}>A{b}|<u:seen{b}>A{c}|<u:seen{c}>A{d}|"
+    request = rollout.TIP_REQUEST.format(score=e.score)
+    assert policy.shown == [f"{dialogue}<u:seen{d}\n\n{request}>A"] and "21 of 100" in request
+    assert e.tip.isdigit() and not e.tip_cut
+
+    answers = [[*map(ord, "to " * 100), STOP], [ord("x")], [ord(" "), STOP]]
+    policy.sample = lambda *_: (answers, None)
+    rollout.write_tips(policy, [e, other, silent], s)
+    assert [e.tip, other.tip, silent.tip] == [" ".join(["to"] * 99), "x", ""]
+    assert [e.tip_cut, other.tip_cut, silent.tip_cut] == [True, True, False]
+    memory = TipMemory()
+    rollout.store_tips([e, other, silent], memory, EMBED, s)
+    slot = memory.slots["task/0"]
+    assert (slot.texts, slot.scores) == ([e.tip, "x"], [e.score, other.score])  # no empty one
+    assert (slot.keys[0] == EMBED([f"T-task\nseen{d}"])[0]).all()
+
+
+@pytest.mark.parametrize("lanes", [1, 5])
+def test_tips_enter_the_memory_when_all_episodes_are_over(lanes):
+    learner = SimpleNamespace(policy=ToyPolicy(), tip_memory=TipMemory())
+    s = Settings(memory_prob=1.0)
+    envs = [ToyEnv() for _ in range(lanes)]
+    rng = np.random.default_rng(0)
+    episodes = train.explore(learner, envs, JOBS, EMBED, s, rng, rollout.no_progress)
+    assert all(e.tip for e in episodes) and not any("Tips" in x for x in learner.policy.shown)
+    assert len(learner.tip_memory) == 0
+
+
+def test_memory_slots_and_keys():
+    job = Job("task", 3, 0, 0)
+    slots = [rollout.memory_slot(job, scope) for scope in ("variation", "task", "all")]
+    assert slots == ["task/3", "task", "all"]
+    e = Episode(job, None, 0, "find it", [], [])
+    assert rollout.memory_text(e, "a room", "state") == "find it\na room"
+    assert rollout.memory_text(e, "a room", "task") == "find it"
+
+
+# --- Intrinsic rewards ----------------------------------------------------------------------------
+def walk(*observations):
+    e = Episode(JOBS[0], None, 0, "turn the lamp on in the house " * 9, [], [])
+    for before, after in zip(observations, observations[1:], strict=False):
+        e.turns.append(Turn(before, [], next_observation=after))
+    return e
+
+
+def test_intrinsic_rewards_by_hand():
+    """First states count as visited; the task text, which all states share, does not count."""
+    novelty = NoveltyStore()
+    s = Settings()
+    group = [walk("hall", "kitchen", "hall", "kitchen", "attic") for _ in range(4)]
+    rollout.give_intrinsic_rewards(group, novelty, EMBED, s)
+    for e in group:  # equal episodes get equal rewards
+        assert [turn.novelty for turn in e.turns] == [1, 1 / 2, 1 / 2, 1]
+    assert grpo_advantages(group, s) == [[0.0] * 4] * 4
+    assert novelty.slots["task/0"].counts == [8, 8, 4]
+    later = walk("hall", "attic", "cellar")
+    rollout.give_intrinsic_rewards([later], novelty, EMBED, s)
+    assert [turn.novelty for turn in later.turns] == [1 / 5, 1]
+
+
+# --- `--rollout-batch` ----------------------------------------------------------------------------
+@pytest.mark.parametrize("level", ["turn", "episode", "batch"])
+def test_the_number_of_environments_changes_no_draw(level):
+    def everything(lanes):
+        _, episodes = play(memory_prob=0.5, mode_level=level, lanes=lanes)
+        return [(e.turns, e.score, e.ended, e.rng.random()) for e in episodes]
+
+    assert everything(1) == everything(2) == everything(3) == everything(5)
+
+
+def test_the_number_of_environments_changes_no_action_of_a_model():
+    policy = Policy.load(str(ROOT / "standin" / "house"))
+    s = Settings(memory_prob=0.5, tip_tokens=40)
+    jobs = [Job("radio", variation, 0, 0) for variation in (0, 0, 1, 2, 0)]
+    memory = TipMemory(threshold=0.0)
+    memory.add(EMBED(["turn on the radio"])[0], "The radio was not found.", 0, "radio/0")
+    played = []
+    for lanes in (2, 3, 5):
+        envs = [make("house", step_limit=3) for _ in range(lanes)]
+        rng = np.random.default_rng(0)
+        actions = []
+        for wave in rollout.rollout(policy, envs, jobs, memory, EMBED, s, rng, EnvFault):
+            rollout.write_tips(policy, wave, s)
+            for e in wave:
+                actions.append([(turn.tips, turn.action_ids) for turn in e.turns] + [e.tip])
+        played.append(actions)
+    assert played[0] == played[1] == played[2]
