@@ -375,14 +375,14 @@ def test_an_exploding_ratio_is_stopped_without_the_mask_and_harmless_with_it(
 def test_a_long_run_stays_within_its_bounds(iterations, run, tmp_path):
     run_dir = tmp_path / "run"
     command = [*SMALL, "--run-dir", str(run_dir), "--tasks-per-iteration"]
-    command += ["1", "--group-size", "2", "--memory-capacity", "20"]
+    command += ["1", "--group-size", "2", "--memory-capacity", "4"]
     code, output = run([*command, "--iterations", str(iterations)], run_dir)
     assert code == 0, output
     metrics = runs.records(run_dir / "metrics.jsonl")
     assert [m["iteration"] for m in metrics] == list(range(iterations))
     tips = memory.TipMemory()
     tips.load(run_dir / f"checkpoint-{iterations}" / "tips.npz")
-    assert max(len(slot.texts) for slot in tips.slots.values()) == 20
+    assert max(len(slot.texts) for slot in tips.slots.values()) == 4
     peak = [m["peak_memory_gb"] for m in metrics]  # of the whole process since its start
     warm = 20 if iterations < 200 else 200  # the memories are full, the longest prompts were met
     print(f"\n{iterations} iterations: peak memory {peak[0]}, {peak[warm]} and {peak[-1]} GB")
