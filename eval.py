@@ -39,6 +39,7 @@ import rollout
 import runs
 from envs import EnvFault
 from experiments import paper, report
+from rollout import no_progress
 from settings import Settings
 
 TRIALS = {"id": 1, "ood": 10}
@@ -66,16 +67,7 @@ def figures(episodes):
 
 
 def evaluate(
-    policy,
-    envs,
-    pool,
-    episodes,
-    s,
-    rng,
-    progress=rollout.no_progress,
-    tips=None,
-    embed=None,
-    tell=False,
+    policy, envs, pool, episodes, s, rng, progress=no_progress, tips=None, embed=None, tell=False
 ):
     """Play `episodes` of each (task, variation) of the pool, without learning -> the episodes.
 
@@ -162,17 +154,9 @@ def play(policy, envs, pool, trial, shown, embed, args, s, progress):
     """One trial of one task -> its row, its episodes and (ood) the tips that they wrote."""
     task = pool[0][0]
     rng = np.random.default_rng([args.seed, zlib.crc32(task.encode()), trial])
+    tell = args.protocol == "ood"
     played = evaluate(
-        policy,
-        envs,
-        pool,
-        args.episodes,
-        s,
-        rng,
-        progress,
-        tips=shown,
-        embed=embed,
-        tell=args.protocol == "ood",
+        policy, envs, pool, args.episodes, s, rng, progress, tips=shown, embed=embed, tell=tell
     )
     turns = [turn for episode in played for turn in episode.turns]
     tips = []
