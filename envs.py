@@ -9,8 +9,8 @@ The contract is gymnasium's, with text on both sides:
     observation, reward, terminated, truncated, info = env.step("look around")
                                                     # info: score, action (what was really sent)
 
-Scores are integers up to 100 (ScienceWorld: -100...100). A reward is the change of the score, so the
-rewards of an episode sum to its final score. `terminated` means solved or failed for good,
+Scores are integers up to 100 (ScienceWorld: -100...100). A reward is the change of the score, so
+the rewards of an episode sum to its final score. `terminated` means solved or failed for good,
 `truncated` that the step limit was reached. EnvFault means that the simulator died or hangs: drop
 that episode (it is not a score of 0) and go on with reset(), which builds a new simulator.
 
@@ -101,7 +101,7 @@ class Env(abc.ABC):
         return self.step_limit or self.STEP_LIMITS.get(task, self.DEFAULT_STEP_LIMIT)
 
     def variations(self, task: str, split: str) -> list[int]:
-        """The task's variations in "train" (first half), "dev" (next quarter) or "test" (the rest)."""
+        """Its variations in "train" (first half), "dev" (next quarter) or "test" (the rest)."""
         n = self._count(task)
         a, b = n // 4 * 2, n // 4 * 3  # ScienceWorld's rounding
         splits = {"train": range(a), "dev": range(a, b), "test": range(b, n)}

@@ -1,4 +1,4 @@
-"""Every command that is written anywhere is at least understood; every example in a docstring is true."""
+"""Every written command is at least understood; every example in a docstring is true."""
 
 import argparse
 import doctest

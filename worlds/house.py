@@ -1,4 +1,4 @@
-"""The house of the paper's Figure 3 as a family of tasks. Pure Python, a step takes microseconds."""
+"""The house of the paper's Figure 3 as a family of tasks. Pure Python: microseconds a step."""
 
 import random
 from typing import ClassVar
@@ -11,9 +11,9 @@ class House(Env):
 
     The thing and the parts it needs lie in closed containers of different rooms; all must be taken
     before it can be turned on. The task decides where they are, so what was learnt in one episode
-    helps in the next; the variation decides the start room, which holds none of them if the house is
-    large enough, and what lies in other containers. What stands before a colon is a thought: only
-    what follows is done.
+    helps in the next; the variation decides the start room, which holds none of them if the house
+    is large enough, and what lies in other containers. What stands before a colon is a thought:
+    only what follows is done.
 
     rooms           1 to 12
     containers      in every room, 1 to 6, all closed at first

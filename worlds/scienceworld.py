@@ -140,7 +140,7 @@ class Simulator:
 
 @functools.lru_cache(maxsize=256)
 def solve(task: str, variation: int, simplification: str) -> tuple[str, list[tuple[str, str, int]]]:
-    """The simulator's own solution, about 1 s: opening text, (action, observation, score) per action.
+    """The simulator's own solution, about 1 s: opening, (action, observation, score) per action.
 
     It is computed and played in a simulator of its own, so that no running episode notices.
     """
