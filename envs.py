@@ -50,6 +50,11 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}; {hint}")
 
 
+def encodable(text: str) -> str:
+    """Half a surrogate pair reaches neither Java nor a tokenizer: it becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
 class Env(abc.ABC):
     """What all environments share: checks, action clean-up, step limit, rewards.
 
@@ -119,7 +124,7 @@ class Env(abc.ABC):
             raise ValueError(f"unknown variation {variation!r} of {task}; there are: 0 to {last}")
         self._running = False
         self.task, self.variation = task, int(variation)
-        observation, text, prompt = self.start(task, self.variation)
+        observation, text, prompt = map(encodable, self.start(task, self.variation))
         self.steps, self.score = 0, 0
         self._running = True
         return observation, {"task": text, "prompt": prompt, "score": 0}
@@ -132,15 +137,15 @@ class Env(abc.ABC):
         if not self._running:
             raise RuntimeError("no episode is running: call reset()")
         self._running = False  # stays so if the simulator fails below
-        # One line, and encodable: half a surrogate pair would not reach Java.
-        action = " ".join(action.encode("utf-8", "replace").decode().split())
+        action = " ".join(encodable(action).split())  # one line
         observation, score, terminated, action = self.act(action)
         self.steps += 1
         reward = float(score - self.score)
         self.score = score
         truncated = self.steps >= self.limit(self.task) and not terminated
         self._running = not terminated and not truncated
-        return observation, reward, terminated, truncated, {"score": score, "action": action}
+        info = {"score": score, "action": action}
+        return encodable(observation), reward, terminated, truncated, info
 
     def close(self) -> None:
         """End the episode. The object may still be reset()."""

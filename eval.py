@@ -250,11 +250,14 @@ def parse(argv):
 
 def find_checkpoint(path):
     """The newest checkpoint of a run directory, or the checkpoint that is named."""
-    if path.name.startswith("checkpoint-"):
-        return path
-    saved = runs.checkpoints(path)
+    run_dir = path.parent if path.name.startswith("checkpoint-") else path
+    saved = runs.checkpoints(run_dir)
     if not saved:
         raise ValueError(f"{path}: no run with a checkpoint here")
+    if path != run_dir:
+        if not path.exists():
+            raise ValueError(f"{path}: absent; there are {', '.join(map(str, saved))}")
+        return path
     return path / f"checkpoint-{saved[-1]}"
 
 

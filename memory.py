@@ -90,18 +90,44 @@ class TipMemory:
 class StateSlot:
     """Distinct states."""
 
-    keys: np.ndarray  # [m, d] float32
+    keys: np.ndarray  # [room, d] float32, of which the first len(counts) are used
     counts: list[int]  # how often each was met
+
+    def visit(self, key, threshold, capacity):
+        """Count a visit to the state `key` [d] -> how often it has been met now.
+
+        It counts for the most similar state, if that is similar enough; else it is a new one. Beyond
+        the capacity a new one takes the place of that met least, the oldest of equals.
+        """
+        keys = self.keys[: len(self.counts)]
+        similarity = keys @ key  # [m]
+        if not key.any():  # a text without words is like nothing but another such text
+            similarity = 1.0 - keys.any(axis=1)
+        if len(similarity) and similarity.max() >= threshold:
+            index = int(similarity.argmax())
+        elif len(self.counts) < capacity:
+            index = len(self.counts)
+            if index == len(self.keys):  # doubled: filling it copies each key about once
+                self.keys = np.vstack([self.keys, np.zeros_like(self.keys), key[None]])
+            self.keys[index] = key
+            self.counts.append(0)
+        else:
+            index = int(np.argmin(self.counts))
+            self.keys[index] = key
+            self.counts[index] = 0
+        self.counts[index] += 1
+        return self.counts[index]
 
 
 class NoveltyStore:
     """Distinct states and how often each was met; the intrinsic reward of a visit is 1/n.
 
-    threshold: cosine similarity from which two states count as the same.
+    threshold: cosine similarity from which two states count as the same. capacity: states per slot.
     """
 
-    def __init__(self, threshold=0.5):
+    def __init__(self, threshold=0.5, capacity=10_000):
         self.threshold = threshold
+        self.capacity = capacity
         self.slots = {}
 
     def __len__(self):
@@ -117,41 +143,23 @@ class NoveltyStore:
         >>> novelty.rewards([x, y, x], "task/0"), novelty.rewards([x], "task/0")
         ([0.5, 1.0, 0.3333333333333333], [0.5])
         """
-        held = self.slots.get(slot)
-        scratch = NoveltyStore(self.threshold)
-        if held:
-            scratch.slots[slot] = StateSlot(held.keys, list(held.counts))
-        return [1 / scratch.visit(key, slot) for key in keys]
+        scratch = StateSlot(np.zeros((0, len(keys[0])), np.float32), [])
+        if slot in self.slots:
+            held = self.slots[slot]
+            scratch = StateSlot(held.keys[: len(held.counts)].copy(), list(held.counts))
+        visits = [scratch.visit(key, self.threshold, self.capacity) for key in np.float32(keys)]
+        return [1 / n for n in visits]
 
     def add(self, keys, slot):
         """Store visits to the states `keys` [t, d], one after another."""
-        for key in keys:
-            self.visit(key, slot)
-
-    def visit(self, key, slot):
-        """Count a visit to the state `key` [d] -> how often it has been met now.
-
-        It counts for the most similar state if that is similar enough; else it is a new one.
-        """
-        key = np.float32(key)
         if slot not in self.slots:
-            self.slots[slot] = StateSlot(np.empty((0, len(key)), np.float32), [])
-        held = self.slots[slot]
-        similarity = held.keys @ key  # [m]
-        if not key.any():  # a text without words is like nothing but another such text
-            similarity = 1.0 - held.keys.any(axis=1)
-        if len(similarity) and similarity.max() >= self.threshold:
-            nearest = int(similarity.argmax())
-        else:
-            nearest = len(held.counts)
-            held.keys = np.vstack([held.keys, key])
-            held.counts.append(0)
-        held.counts[nearest] += 1
-        return held.counts[nearest]
+            self.slots[slot] = StateSlot(np.zeros((0, len(keys[0])), np.float32), [])
+        for key in np.float32(keys):
+            self.slots[slot].visit(key, self.threshold, self.capacity)
 
     def save(self, path):
         """Write the content to a .npz file."""
-        keys = {name: slot.keys for name, slot in self.slots.items()}
+        keys = {name: slot.keys[: len(slot.counts)] for name, slot in self.slots.items()}
         write(path, keys, {name: slot.counts for name, slot in self.slots.items()})
 
     def load(self, path):

@@ -12,6 +12,7 @@ without tips is built by leaving the tips out: nothing is ever searched for or s
 
 import hashlib
 import logging
+import os
 import warnings
 from contextlib import nullcontext
 
@@ -67,6 +68,10 @@ class Policy:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # what tokenizers raises for a damaged file has no class
+            if not os.path.isdir(name):
+                raise ValueError(
+                    f"{name}: there is no such folder, and no such model could be had from the hub"
+                ) from error
             raise ValueError(
                 f"{name}: no tokenizer could be loaded; give a hub id or a folder that holds "
                 f"tokenizer.json and a model ({first_line(error)})"

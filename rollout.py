@@ -53,7 +53,7 @@ class Episode:
     header_ids: list[int]  # opens every action
     turns: list[Turn] = field(default_factory=list)
     score: float = 0.0  # final score, -100...100
-    ended: str = ""  # "completed", "step limit", "context full" or "lost"
+    ended: str = ""  # "completed", "failed", "step limit", "context full" or "lost"
     tip: str = ""  # the policy's own summary of the episode
     tip_cut: bool = False  # it was longer than may be
 
@@ -81,6 +81,7 @@ TIP_REQUEST = (
     "attempt, as one sentence on one line of fewer than 100 words: what happened, what was learnt, "
     "and how far the task was from being completed."
 )
+CUT = " [cut]"  # ends an observation that was too long for the tip request
 LOST = "lost"  # the simulator died: the episode is dropped, never scored
 
 
@@ -247,7 +248,7 @@ def act(policy, playing, env_fault):
     turn.next_observation = playing.observation
     episode.score = info["score"]
     if terminated:
-        episode.ended = "completed"
+        episode.ended = "failed" if episode.score < 0 else "completed"
     elif truncated:
         episode.ended = "step limit"
 
@@ -259,18 +260,28 @@ def write_tips(policy, episodes, s, progress=no_progress):
     At most 99 words are kept. The text is not trained on.
     """
     progress("tips", f"{len(episodes)} episodes")
-    prompts = []
-    for episode in episodes:
-        last = episode.turns[-1]
-        request = f"{last.next_observation}\n\n{TIP_REQUEST.format(score=episode.score)}"
-        ids = episode.prompt(-1, with_tips=False) + last.action_ids
-        ids += policy.closing(last.action_ids) + policy.message("user", request)
-        prompts.append(ids + policy.header)
+    prompts = [tip_prompt(policy, episode, s.context) for episode in episodes]
     answers, _ = sample(policy, episodes, prompts, s.tip_tokens, s.temperature)
     for episode, answer in zip(episodes, answers, strict=True):
         words = policy.decode(answer).split()
         episode.tip = " ".join(words[:99])
         episode.tip_cut = len(words) > 99 or answer[-1] not in policy.stop_ids
+
+
+def tip_prompt(policy, episode, context):
+    """The tip-free dialogue and the request; a last observation that is too long is cut."""
+    last = episode.turns[-1]
+    dialogue = episode.prompt(-1, with_tips=False) + last.action_ids
+    dialogue += policy.closing(last.action_ids)
+    request = TIP_REQUEST.format(score=episode.score)
+    observation = last.next_observation
+    while True:
+        message = policy.message("user", f"{observation}\n\n{request}")
+        if len(dialogue) + len(message) <= context or not observation:
+            return dialogue + message + policy.header
+        observation = observation.removesuffix(CUT)
+        observation = observation[: len(observation) // 2]
+        observation += CUT if observation else ""
 
 
 def store_tips(episodes, memory, embed, s):

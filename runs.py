@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -201,7 +202,9 @@ def save_checkpoint(run_dir, iteration, learner, s):
             "files": {path.name: sha256(path) for path in folder.iterdir()},
         }
         (folder / "state.json").write_text(json.dumps(state))
+        flush(*folder.iterdir(), folder)
         os.rename(folder, final)
+        flush(run_dir)
     except (OSError, RuntimeError, SafetensorError) as error:  # words for a full disk
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
@@ -211,6 +214,14 @@ def save_checkpoint(run_dir, iteration, learner, s):
     keep = {learner.best[1], *checkpoints(run_dir)[-s.keep_checkpoints :]}
     for old in set(checkpoints(run_dir)) - keep:
         shutil.rmtree(run_dir / f"checkpoint-{old}")
+
+
+def flush(*paths):
+    """Have files and folders on the disk before anything older is removed: power may fail."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def sha256(path):
@@ -234,9 +245,29 @@ def read_checkpoint(folder):
         return Settings(**state["settings"]), state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder}: the checkpoint is damaged or of another version ({first_line(error)}); "
-            "delete it to resume from the one before"
+            f"{folder}: the checkpoint is damaged or of another version ({first_line(error)})"
         ) from error
+
+
+def newest_checkpoint(run_dir):
+    """(settings, iteration) of the newest checkpoint that is whole; damaged ones are put aside.
+
+    Raises ValueError if there is none.
+    """
+    problem = f"{run_dir} has no checkpoint; nothing to resume"
+    for iteration in reversed(checkpoints(run_dir)):
+        folder = run_dir / f"checkpoint-{iteration}"
+        try:
+            settings, _ = read_checkpoint(folder)
+        except ValueError as error:
+            problem = str(error)
+            print(f"{error}; going back to the one before", file=sys.stderr)
+            continue
+        for newer in checkpoints(run_dir):
+            if newer > iteration:
+                os.rename(run_dir / f"checkpoint-{newer}", run_dir / f"damaged-{newer}")
+        return settings, iteration
+    raise ValueError(problem)
 
 
 def load_checkpoint(folder, learner, s):
@@ -258,7 +289,10 @@ def load_checkpoint(folder, learner, s):
 
 # --- Logs -----------------------------------------------------------------------------------------
 def open_logs(run_dir, start):
-    """Make the logs of a new run, or cut them to where they were at checkpoint `start`."""
+    """Make the logs of a new run, or cut them to where they were at checkpoint `start`.
+
+    They are records, not state: a run goes on without a part of them, and says so.
+    """
     if start is None:
         for log in LOGS:
             (run_dir / log).touch()
@@ -266,11 +300,11 @@ def open_logs(run_dir, start):
     _, state = read_checkpoint(run_dir / f"checkpoint-{start}")
     for log in LOGS:
         size = state["logs"][log]
-        if not (run_dir / log).exists() or (run_dir / log).stat().st_size < size:
-            raise ValueError(
-                f"{run_dir / log}: it is shorter than at checkpoint-{start}; put it back"
-            )
-        os.truncate(run_dir / log, size)
+        (run_dir / log).touch()
+        if (run_dir / log).stat().st_size < size:
+            print(f"{run_dir / log}: a part of it is lost; the run goes on", file=sys.stderr)
+        else:
+            os.truncate(run_dir / log, size)
 
 
 def append(path, lines):

@@ -213,7 +213,29 @@ def keep_evidence(run_dir, iteration, policy, error):
     runs.write_json(folder / "pairs.json", [dataclasses.asdict(pair) for pair in error.pairs])
 
 
+def summarise(s, run_dir):
+    """Say what a finished run leads to: did it learn, where to look, how to go on."""
+    evals = runs.records(run_dir / "evals.jsonl")
+    if evals:
+        before, after = evals[0], evals[-1]
+        print(
+            f"tip-free score {before['score']:.1f} -> {after['score']:.1f}, "
+            f"solved {before['success']:.0%} -> {after['success']:.0%}, "
+            f"after {after['training_episodes']} episodes"
+            + (" (the stand-in's: no result)" if s.model == "standin" else "")
+        )
+    print(f"look at its episodes: python -m experiments.view {run_dir}")
+    print(f"go on: python train.py --resume --run-dir {run_dir} --iterations {2 * s.iterations}")
+
+
 # --- Command line ---------------------------------------------------------------------------------
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it stands, and every default that is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
 def parse(argv):
     """(settings, lines of what was decided). A setting given goes before the preset's.
 
@@ -223,8 +245,10 @@ def parse(argv):
         Settings,
         description=__doc__,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
+    for action in parser._actions:  # one spelling is shown, both are understood
+        action.option_strings = [flag for flag in action.option_strings if "_" not in flag]
     s, rest = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -251,11 +275,7 @@ def given(argv):
 
 def continue_run(run_dir, s, names):
     """(the run's own settings, its newest checkpoint); `names` are those given on --resume."""
-    saved_checkpoints = runs.checkpoints(run_dir)
-    if not saved_checkpoints:
-        raise ValueError(f"{run_dir} has no checkpoint; nothing to resume")
-    start = saved_checkpoints[-1]
-    saved, _ = runs.read_checkpoint(run_dir / f"checkpoint-{start}")
+    saved, start = runs.newest_checkpoint(run_dir)
     free = {name: getattr(s, name) for name in names & {"iterations", *runs.RESUMABLE}}
     for name in names - {"resume", "run_dir", *free}:
         if getattr(s, name) != getattr(saved, name):
@@ -269,8 +289,11 @@ def continue_run(run_dir, s, names):
     return dataclasses.replace(saved, resume=True, run_dir=str(run_dir), **free), start
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def finish_on_interrupt():
-    """A list that fills on Ctrl-C or SIGTERM: the iteration can finish; a second one stops now."""
+    """A list that fills on a signal of STOPS: the iteration can finish; a second one stops now."""
     received = []
 
     def handler(signum, frame):
@@ -279,8 +302,8 @@ def finish_on_interrupt():
         received.append(signum)
         tqdm.write("Finishing this iteration, then saving. Ctrl-C again stops now and loses it.")
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    for stop in STOPS:
+        signal.signal(stop, handler)
     return received
 
 
@@ -305,10 +328,14 @@ def main(argv=None):
             else:
                 print(*notes, sep="\n")
             done = train(s, run_dir, start)
-        print(f"{done} of {s.iterations} iterations are in {run_dir}")
-        print(f"evaluate it: python eval.py {run_dir}")
+        if done < s.iterations:
+            raise KeyboardInterrupt
+        summarise(s, run_dir)
     except KeyboardInterrupt:
-        print(f"\nstopped; python train.py --resume --run-dir {run_dir} continues", file=sys.stderr)
+        if run_dir and run_dir.is_dir() and runs.checkpoints(run_dir):
+            print(f"\nstopped; python train.py --resume --run-dir {run_dir} continues")
+        else:
+            print("\nstopped before anything was saved")
         return 130
     except torch.OutOfMemoryError:
         print(
@@ -326,6 +353,7 @@ def main(argv=None):
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     return 0
 
 
