@@ -96,8 +96,8 @@ class StateSlot:
     def visit(self, key, threshold, capacity):
         """Count a visit to the state `key` [d] -> how often it has been met now.
 
-        It counts for the most similar state, if that is similar enough; else it is a new one. Beyond
-        the capacity a new one takes the place of that met least, the oldest of equals.
+        It counts for the most similar state, if that is similar enough; else it is a new one.
+        Beyond the capacity a new one takes the place of that met least, the oldest of equals.
         """
         keys = self.keys[: len(self.counts)]
         similarity = keys @ key  # [m]

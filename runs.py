@@ -45,6 +45,10 @@ def hardware_defaults(s):
             "rollout_batch": (128, "as many dialogues as fit"),
             "micro_tokens": (16384, "as many tokens as fit"),
             "load_in_4bit": (gigabytes < 30, "4-bit is slower, and needed up to 24 GB only"),
+            "variations": (5, "the authors'"),
+            "eval_every": (0, "evaluations take time"),
+            "eval_variations": (20, "the authors'"),
+            "eval_episodes": (4, "the authors'"),
         }
         if gigabytes < 60:
             choices["rollout_batch"] = (64, "as many dialogues as fit")
@@ -61,6 +65,10 @@ def hardware_defaults(s):
             "rollout_batch": (64, "more than are played"),
             "micro_tokens": (16384, "little memory is needed"),
             "load_in_4bit": (False, "slower, and little memory is needed"),
+            "variations": (2, "few enough to meet their tips again"),
+            "eval_every": (s.iterations or 10, "before the first and after the last iteration"),
+            "eval_variations": (4, "a small evaluation"),
+            "eval_episodes": (2, "a small evaluation"),
         }
     tasks = s.tasks or envs.env_class(s.env).DEFAULT_TASKS
     name = f"{s.env}-{'+'.join(tasks[:3])}-{s.seed}"
@@ -73,7 +81,21 @@ def hardware_defaults(s):
         if getattr(s, setting) is None:
             chosen[setting] = value
             reasons.append(f"  {setting} = {value}  ({where}: {why})")
-    return dataclasses.replace(s, **chosen), reasons
+    s = dataclasses.replace(s, **chosen)
+    require_memory(s)
+    return s, reasons
+
+
+def require_memory(s):
+    """Raise ValueError if the dialogues of an iteration cannot fit this machine."""
+    episodes = s.tasks_per_iteration * s.group_size
+    needed = episodes * s.context * 100 / 1e9  # ids, log-probs and text: bytes a token, roughly
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if needed > there:
+        raise ValueError(
+            f"{episodes} episodes an iteration may need {needed:.0f} GB, this machine has "
+            f"{there:.0f}; lower --group-size or --tasks-per-iteration"
+        )
 
 
 def load_policy(s, adapter=None):

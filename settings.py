@@ -1,10 +1,17 @@
-"""All settings by concern, and the sets of them that the paper compares; torch is not needed."""
+"""All settings by concern, the sets of them that the paper compares, and the command line.
 
+Nothing here needs torch.
+"""
+
+import argparse
 import math
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from envs import unknown
+from transformers import HfArgumentParser
+
+from envs import make, unknown
 
 
 def setting(default, text, **options):
@@ -26,7 +33,9 @@ class Settings:
     preset: str = setting("empo2", "a named set of settings, such as grpo; others given go first")
     env: str = setting("scienceworld", "environment: scienceworld or house")
     tasks: list[str] = setting([], "names of the tasks to train on [the environment's own choice]")
-    variations: int = setting(5, "how many training variations of each task (the first ones)")
+    variations: int | None = setting(
+        None, "training variations of each task [5 on a GPU, 2 without]"
+    )
     iterations: int | None = setting(
         None, "roll out and update so often [200 on a GPU, 10 without]"
     )
@@ -152,3 +161,62 @@ PRESETS = {
     **{f"p-{p}": {"memory_prob": p} for p in (0.1, 0.4, 0.7)},
     **{f"q-{q}": {"offpolicy_prob": q} for q in (0.3, 0.5, 0.85, 0.95)},
 }
+
+
+# --- Command line ---------------------------------------------------------------------------------
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands, and every default that is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+class Parser(HfArgumentParser):
+    """Bad input is a ValueError of one line."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse(argv, description=None):
+    """(settings, lines about the preset). A setting given goes before the preset's.
+
+    Raises ValueError with one line for bad input.
+    """
+    parser = Parser(
+        Settings, description=description, allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    for action in parser._actions:  # one spelling is shown, both are understood
+        action.option_strings = [flag for flag in action.option_strings if "_" not in flag]
+    s, rest = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        flags = [flag for flag in parser._option_string_actions if "_" not in flag]
+        raise unknown("setting", rest[0], flags)
+    chosen = {}
+    notes = []
+    for name, value in PRESETS[s.preset].items():
+        if name not in given(argv):
+            chosen[name] = value
+            notes.append(f"preset {s.preset}: {name} = {value}")
+    return replace(s, **chosen), notes
+
+
+def given(argv):
+    """Names of the settings that a command line gives."""
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
+
+
+def refuse(argv, description):
+    """End the program with one line if the command line is wrong."""
+    try:
+        s, _ = parse(argv, description)
+        known = make(s.env).tasks()
+        for task in s.tasks:
+            if task not in known:
+                raise unknown("task", task, known)
+    except (ValueError, RuntimeError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -18,10 +18,16 @@ On --resume --iterations may grow, and --rollout-batch, --micro-tokens, --load-i
 --save-every, --keep-checkpoints and --report-to may change.
 """
 
-import argparse
-import dataclasses
-import signal
 import sys
+
+import settings
+
+if __name__ == "__main__":  # a typo is said before what takes seconds to load
+    settings.refuse(sys.argv[1:], __doc__)
+
+import dataclasses
+import shutil
+import signal
 import time
 import traceback
 from contextlib import suppress
@@ -32,7 +38,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 import empo2
@@ -41,8 +46,7 @@ import logs
 import memory
 import rollout
 import runs
-from envs import EnvFault, unknown
-from settings import PRESETS, Settings
+from envs import EnvFault
 
 
 def iterate(iteration, learner, envs, pool, embed, s, clock):
@@ -69,7 +73,14 @@ def train(s, run_dir, start=None):
     runs.write_json(run_dir / "settings.json", dataclasses.asdict(s))
     interrupted = finish_on_interrupt()
     shown = {}
-    with tqdm(total=s.iterations, initial=start or 0, unit="it", dynamic_ncols=True) as bar:
+    narrow = shutil.get_terminal_size().columns < 80
+    with tqdm(
+        total=s.iterations,
+        initial=start or 0,
+        dynamic_ncols=True,
+        disable=None,  # where the output is no terminal
+        bar_format="{n}/{total} {desc}{postfix}" if narrow else None,
+    ) as bar:
         for iteration in range(start or 0, s.iterations + 1):
             stop = iteration == s.iterations or bool(interrupted)  # asked once: what stops is saved
             due = s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations)
@@ -101,6 +112,8 @@ def train(s, run_dir, start=None):
             shown["tips shown"] = metrics["tips_shown"]
             bar.update()
             bar.set_postfix(shown)
+            if bar.disable:
+                print(f"iteration {iteration + 1} of {s.iterations}: {shown}", file=sys.stderr)
     trackers.end_training()
     return iteration
 
@@ -229,48 +242,13 @@ def summarise(s, run_dir):
 
 
 # --- Command line ---------------------------------------------------------------------------------
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it stands, and every default that is one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
-
-
 def parse(argv):
-    """(settings, lines of what was decided). A setting given goes before the preset's.
-
-    Raises ValueError with one line for bad input.
-    """
-    parser = HfArgumentParser(
-        Settings,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
-    for action in parser._actions:  # one spelling is shown, both are understood
-        action.option_strings = [flag for flag in action.option_strings if "_" not in flag]
-    s, rest = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if rest:
-        flags = [flag for flag in parser._option_string_actions if "_" not in flag]
-        raise unknown("setting", rest[0], flags)
-    preset = {}
-    notes = []
-    for name, value in PRESETS[s.preset].items():
-        if name not in given(argv):
-            preset[name] = value
-            notes.append(f"preset {s.preset}: {name} = {value}")
-    s, reasons = runs.hardware_defaults(dataclasses.replace(s, **preset))
+    """(settings, lines of what was decided), as `settings.parse`, with what the hardware decides."""
+    s, notes = settings.parse(argv, __doc__)
+    s, reasons = runs.hardware_defaults(s)
     if reasons:
         notes += ["decided by the hardware:", *reasons]
     return s, notes
-
-
-def given(argv):
-    """Names of the settings that a command line gives."""
-    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def continue_run(run_dir, s, names):
@@ -320,7 +298,7 @@ def main(argv=None):
         with runs.locked(run_dir):
             start = None
             if s.resume:
-                s, start = continue_run(run_dir, s, given(argv))
+                s, start = continue_run(run_dir, s, settings.given(argv))
             elif runs.checkpoints(run_dir) or runs.records(run_dir / "metrics.jsonl"):
                 raise ValueError(
                     f"{run_dir} exists; --resume continues it, --run-dir takes another"
