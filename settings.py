@@ -94,11 +94,9 @@ class Settings:
     advantage_eps: float = setting(1e-6, "added to the standard deviation of returns")
     max_grad_norm: float = setting(1.0, "gradient clip")
     # Tip-free evaluation during training (§5)
-    eval_every: int = setting(
-        0, "iterations between evaluations, and one after the last; 0 = never"
-    )
-    eval_variations: int = setting(20, "how many test variations of each task (the first ones)")
-    eval_episodes: int = setting(4, "episodes of each of them")
+    eval_every: int | None = setting(None, "iterations between; 0 = never [0; no GPU: at the ends]")
+    eval_variations: int | None = setting(None, "test variations of each task [20; no GPU: 4]")
+    eval_episodes: int | None = setting(None, "episodes of each of them [4; no GPU: 2]")
     eval_temperature: float = setting(0.4, "of their sampling; 0 = greedy")
     # The run
     run_dir: str | None = setting(None, "where results go [runs/ENV-TASK-SEED]; a new one")
