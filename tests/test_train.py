@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM
 
 import runs
 import train
+from experiments import view
 from policy import Policy
 from settings import PRESETS
 
 SMALL = """
     --env house --tasks radio fan --env-options rooms=2 step_limit=4 --variations 1 --lora-r 2
     --group-size 3 --tasks-per-iteration 2 --action-tokens 16 --tip-tokens 10 --memory-prob 0.6
-    --tip-threshold 0 --model standin --minibatch-episodes 2
+    --tip-threshold 0 --model standin --minibatch-episodes 2 --eval-every 0
 """.split()
 
 
@@ -92,7 +93,7 @@ def test_how_many_play_side_by_side_changes_nothing(lanes, tmp_path):
     assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", train.STOPS)
 def test_ctrl_c_finishes_the_iteration_and_saves(stop, tmp_path):
     run_dir = tmp_path / "run"
     command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "10000"]
@@ -114,7 +115,8 @@ def test_ctrl_c_finishes_the_iteration_and_saves(stop, tmp_path):
     process.send_signal(stop)
     said, _ = process.communicate(timeout=60)
     done = len(runs.records(run_dir / "metrics.jsonl"))
-    assert process.returncode == 0 and (run_dir / f"checkpoint-{done}").exists(), said
+    assert process.returncode == 130 and (run_dir / f"checkpoint-{done}").exists(), said
+    assert f"train.py --resume --run-dir {run_dir}" in said.splitlines()[-1]
 
 
 def refused(capsys, *argv):
@@ -142,6 +144,9 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatc
     assert "tokenizer" in refused(capsys, *SMALL, "--model", tmp_path, "--run-dir", tmp_path / "x")
     assert "exists" in refused(capsys, *SMALL, "--run-dir", finished)
     assert "cannot change" in refused(capsys, "--resume", "--run-dir", finished, "--seed", "7")
+    assert "invalid float value" in refused(capsys, *new, "--learning-rate", "abc")
+    assert "lower --group-size" in refused(capsys, *new, "--group-size", "10000000")
+    assert "no such folder" in refused(capsys, *SMALL, "--model", "no/such", *new[2:])
     longer = refused(capsys, "--resume", "--run-dir", finished, "--iterations", "2")
     assert "can only make it longer" in longer
     assert "nothing to resume" in refused(capsys, "--resume", "--run-dir", tmp_path / "never")
@@ -163,6 +168,41 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "--micro-tokens" in error and "--rollout-batch" in error
     assert runs.checkpoints(run_dir) == [0]
+
+
+def test_a_typo_is_refused_before_torch_is_loaded():
+    for typo in (["--envs", "house"], ["--env", "house", "--tasks", "radios"], ["--seed", "x"]):
+        command = [sys.executable, "-X", "importtime", ROOT / "train.py", *typo]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "train.py: " in done.stderr.splitlines()[-1]
+        assert "| torch\n" not in done.stderr and "| settings\n" in done.stderr
+
+
+def test_the_first_minutes(tmp_path):
+    """Without a terminal a line per iteration; at the end three lines: before -> after, view, go on."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", *SMALL[:-2], "--run-dir", run_dir]
+    command += ["--iterations", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    progress = [line for line in done.stderr.splitlines() if line.startswith("iteration ")]
+    assert len(progress) == 2 and "tips shown" in progress[1] and "\r" not in done.stderr
+    before_after, look, go_on = done.stdout.splitlines()[-3:]
+    assert "->" in before_after and "no result" in before_after
+    assert view.main([look.split()[-1]]) == 0
+    assert train.main(go_on.split("train.py ")[1].split()) == 0
+    assert len(runs.records(run_dir / "metrics.jsonl")) == 4
+
+
+def test_two_starts_at_the_same_moment(tmp_path):
+    """One of them plays, the other is told; the logs are of one run."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", *SMALL, "--run-dir", run_dir]
+    command += ["--iterations", "2"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    assert sum("another process" in text or "exists; --resume" in text for text in said) == 1
+    assert [m["iteration"] for m in runs.records(run_dir / "metrics.jsonl")] == [0, 1]
 
 
 def test_a_run_that_failed_or_ended_goes_on_as_if_it_had_not(finished, tmp_path, monkeypatch):
