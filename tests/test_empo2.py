@@ -53,9 +53,11 @@ def loss_of_one(p, p_old, advantage, ref=None, **options):
         (0.40, 0.40, 1.0, -1.0, -1.0, 0, 0),  # ratio 1: the policy gradient itself
         (0.44, 0.40, 1.0, -1.1, -1.1, 0, 0),  # inside the clip range
         (0.80, 0.40, 1.0, -1.3, 0.0, 1, 0),  # A > 0, ratio 2: clipped at 1.3
-        (0.20, 0.40, 1.0, -0.5, -0.5, 0, 0),  # A > 0, ratio 0.5: the lower clip does not act
+        (0.20, 0.40, 0.6, -0.3, -0.3, 0, 0),  # A > 0, ratio 0.5: the lower clip does not act
         (0.20, 0.40, -1.0, 0.8, 0.0, 1, 0),  # A < 0, ratio 0.5: clipped at 0.8
-        (0.80, 0.40, -1.0, 2.0, 2.0, 0, 0),  # A < 0, ratio 2: the upper clip does not act
+        (0.80, 0.40, -0.6, 1.2, 1.2, 0, 0),  # A < 0, ratio 2: the upper clip does not act
+        (0.80, 0.40, 0.0, 0.0, 0.0, 0, 0),  # A = 0: nothing to clip
+        (0.20, 0.40, 0.0, 0.0, 0.0, 0, 0),
         (0.80, 0.04, -1.0, 10.0, 0.0, 0, 0),  # A < 0, ratio 20: dual clip at c = 10
         (0.80, 0.04, -0.5, 5.0, 0.0, 0, 0),  # the dual clip scales with A
         (0.50, 0.001, -1.0, 10.0, 0.0, 0, 0),  # old log-probs do not mask
@@ -166,6 +168,7 @@ class Bag:
         self.reference, weight = 0.1 * torch.randn(2, 40, 40, generator=torch.manual_seed(0))
         self.weight = weight.requires_grad_()
         self.scored = 0
+        self.most_rows = 0
 
     def trainable(self):
         return [self.weight]
@@ -176,6 +179,7 @@ class Bag:
     def logprobs(self, ids, mask, temperature, positions=None, visible=None, reference=False):
         weight = self.reference if reference else self.weight
         self.scored += int(mask.sum())
+        self.most_rows = max(self.most_rows, len(ids))
         if positions is None:
             positions = torch.arange(ids.shape[1])
             visible = torch.ones(ids.shape[1], ids.shape[1]).tril()
@@ -240,11 +244,12 @@ def test_an_update_is_that_of_algorithm_1_turn_by_turn(denominator, beta, max_no
     loss = {"clip_low": 0.1, "clip_high": 0.05, "clip_c": 1.2, "min_prob": 0.018, "beta": beta}
     step = {"minibatch_episodes": 2, "micro_tokens": micro_tokens, "max_grad_norm": max_norm}
     s = Settings(temperature=0.7, offpolicy_prob=0.7, denominator=denominator, **loss, **step)
-    draw = np.random.default_rng(7)  # all clips and the mask come up
+    draw = np.random.default_rng(134)  # all clips and the mask come up
     episodes = []
     for group, rewards in ((0, [6]), (1, [1, 4]), (0, [0, 0, 1]), (0, [0, 2]), (1, [5])):
         actions = [[*draw.integers(20, 26, draw.integers(1, 4)).tolist(), 9] for _ in range(4)]
         episodes.append(drawn_episode(1 + len(rewards), group, rewards, actions))
+        episodes[-1].rng = draw
         for turn in episodes[-1].turns:
             turn.logps = draw.uniform(-4.5, -3, len(turn.action_ids)).tolist()
     returns = np.array([6.0, 1.0, 2.0])
@@ -254,6 +259,11 @@ def test_an_update_is_that_of_algorithm_1_turn_by_turn(denominator, beta, max_no
     plain_update(plain, [a, 0.0, b, c, 0.0], episodes, s, 0.3)
     torch.testing.assert_close(bag.weight, plain.weight, rtol=1e-3, atol=1e-4)
     assert 0.1 < metrics["masked_fraction"] < 0.6
+    assert {turn.offpolicy for turn in episodes[2].turns[1:3]} == {
+        True,
+        False,
+    }  # a row that branches
+    assert (bag.most_rows == 1) == (micro_tokens is not None)
     learnt = sum(len(turn.action_ids) for i in (0, 2, 3) for turn in episodes[i].turns)
     assert beta or bag.scored == 2 * learnt  # what has nothing to learn is not computed
 
@@ -267,7 +277,10 @@ def test_the_metrics_of_an_update():
             turn.logps = bag.of_turn(e, t).tolist()
     episodes[0].turns[1].logps[0] += 0.6
     s = Settings(offpolicy_prob=0.0, min_prob=0.0, minibatch_episodes=1)
-    metrics = empo2.update(bag, torch.optim.SGD([bag.weight], 0.0), episodes, s, KnownOrder())
+    said = []
+    sgd = torch.optim.SGD([bag.weight], 0.0)
+    metrics = empo2.update(bag, sgd, episodes, s, KnownOrder(), lambda *text: said.append(text))
+    assert said == [("update", x) for x in ("old log-probs", "step 1 of 2", "step 2 of 2")]
     assert metrics.pop("grad_norm") > 0
     expected = {"ratio": 1, "approx_kl": 0, "clipfrac": 0, "masked_fraction": 0, "entropy": 3}
     expected |= {"loss": -1 / 3, "sampler_gap": 0.6, "sampler_gap_mean": 0.1, "return": 5 / 3}
@@ -314,12 +327,17 @@ def test_another_algorithm_is_one_function():
     before = [bag.of_turn(e, 0).sum() for e in (sooner, later)]
     sgd = torch.optim.SGD([bag.weight], 0.1)
     s = Settings(advantage_eps=0.0, min_prob=0.0)
-    empo2.update(bag, sgd, [sooner, later], s, KnownOrder())
-    assert [turn.advantage for turn in sooner.turns + later.turns] == [0.0] * 4
+    metrics = empo2.update(bag, sgd, [sooner, later], s, KnownOrder())
+    assert metrics["zero_variance_groups"] == 1 and metrics["grad_norm"] == 0
+    assert metrics["sampler_gap_mean"] is None
     empo2.update(bag, sgd, [sooner, later], s, KnownOrder(), advantage_estimator=gigpo)
     assert [turn.advantage for turn in sooner.turns + later.turns] == [1.0, 0.0, -1.0, 0.0]
     after = [bag.of_turn(e, 0).sum() for e in (sooner, later)]
     assert after[0] > before[0] and after[1] < before[1]
+    pair = [sooner, later]
+    for wrong in ([[1.0, 1.0]], [[1.0], [1.0, 1.0]]):  # an episode, or a turn, without an advantage
+        with pytest.raises(ValueError, match="zip"):
+            empo2.update(bag, sgd, pair, s, KnownOrder(), advantage_estimator=lambda *_, w=wrong: w)
 
 
 # --- Settings and docstrings ----------------------------------------------------------------------
