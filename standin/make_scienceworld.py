@@ -1,40 +1,40 @@
-"""Make the built-in stand-in policy: a tiny language model that lets the whole loop be seen to work on a laptop.
+"""Make the stand-in for ScienceWorld: a tiny model that shows the whole loop work on a laptop.
 
-It takes the place of a real language model when there is neither a GPU nor weights: it writes ScienceWorld actions,
-explores, sums episodes up in one sentence and makes a little use of such tips. It is no result, and nothing measured
-with it says anything about EMPO². It is trained from scratch on the 12 ScienceWorld tasks that are *not* among the
-paper's 18 (`TASKS` below), on their training variations, by imitation of a scripted player:
+It takes the place of a real language model when there is neither a GPU nor weights: it writes
+ScienceWorld actions, explores, sums episodes up in one sentence and makes a little use of such
+tips. It is no result, and nothing measured with it says anything about EMPO². It is trained from
+scratch on the 12 ScienceWorld tasks that are *not* among the paper's 18 (`TASKS` below), on their
+training variations, by imitation of a scripted player:
 
-1. play:  the simulator's own solutions, interrupted by wandering; tips are written by rule, and later episodes of a
-          variation are shown earlier ones' tips at some turns, where the player does not wander
-2. learn: next-token prediction on whole dialogues, laid out as in a rollout, mostly on actions and tips; in most of
-          them things are given made-up names, so that names must be copied from the dialogue, not remembered
+1. play:  the simulator's own solutions, interrupted by wandering; tips are written by rule, and
+          later episodes of a variation are shown earlier ones' tips at some turns, where the player
+          does not wander
+2. learn: next-token prediction on whole dialogues, laid out as in a rollout, mostly on actions and
+          tips; in most of them things are given made-up names, so that names must be copied from
+          the dialogue, not remembered
 
-    python standin/make.py --force      about 20 minutes on two cores; longer --minutes help
+  python -m standin.make_scienceworld --force   about 20 minutes on two cores; more --minutes help
 
-The files in this folder come from the transcripts of seed 0 and 29 minutes of learning on one shared core, in three
-stages (12, 10 and 7 minutes; the slips of `slips` only in the last). Learning is limited by time, so that another
-machine gets another model of the same kind.
+The shipped files come from the transcripts of seed 0 and 29 minutes of learning on one shared core,
+in three stages (12, 10 and 7 minutes; the slips of `slips` only in the last). Learning is limited
+by time, so that another machine gets another model of the same kind.
 """
 
-import argparse
 import random
 import re
-import sys
-import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import envs  # noqa: E402
-from empo2 import TIP_REQUEST, TIPS_TEXT  # noqa: E402
-from policy import Policy  # noqa: E402
+from envs import UNKNOWN
+from rollout import TIP_REQUEST, TIPS_TEXT, Turn, tips_message
+from standin import tiny
+from worlds.scienceworld import ScienceWorld, focus_targets, solve
 
+FOLDER = str(Path(__file__).parent / "scienceworld")
 # Task: how many of its training variations are played. Solving one of the last two takes 10 s.
 TASKS = {
     "boil": 14,
@@ -51,391 +51,272 @@ TASKS = {
     "mendelian-genetics-unknown-plant": 3,
 }
 EPISODES = 5  # of each variation
-ROOMS = [
-    "art studio",
-    "bathroom",
-    "bedroom",
-    "foundry",
-    "greenhouse",
-    "hallway",
-    "kitchen",
-    "living room",
-    "outside",
-    "workshop",
-]
+ROOMS = ["art studio", "bathroom", "bedroom", "foundry", "greenhouse", "hallway", "kitchen",
+         "living room", "outside", "workshop"]  # fmt: skip
 # How often the wandering player uses a verb.
-VERBS = {
-    "look at": 3,
-    "look in": 1,
-    "open": 4,
-    "pick up": 4,
-    "read": 4,
-    "activate": 2,
-    "move": 2,
-    "connect": 4,
-    "use": 1,
-    "inventory": 0.5,
-    "wait1": 0.3,
-    "pour": 0.3,
-    "mix": 0.2,
-    "put down": 0.3,
-    "deactivate": 0.3,
-    "focus on": 0.25,
-}
+VERBS = {"look at": 3, "look in": 1, "open": 4, "pick up": 4, "read": 4, "activate": 2, "move": 2,
+         "connect": 4, "use": 1, "inventory": 0.5, "wait1": 0.3, "pour": 0.3, "mix": 0.2,
+         "put down": 0.3, "deactivate": 0.3, "focus on": 0.25}  # fmt: skip
+DULL = re.compile(rf"agent|\bair\b|sewer|drain|door|ground|component|{'|'.join(ROOMS)}|look around")
+SLIPS_OF_THE_TONGUE = ["go door", "take it", "use", "look the", "open all", "focus", "search"]
 IDLE = ("look", "wait", "inventory", "task", "0", "1", "2")
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
+CONTEXT = 4500  # tokens of a dialogue that are learnt from
 
 
-# --- 1. Play ----------------------------------------------------------------------------------------------------
+# --- 1. Play --------------------------------------------------------------------------------------
+@dataclass
+class Transcript:
+    """An episode of the scripted player, as text; the advantage of a turn is its weight."""
+
+    prompt: str
+    task_text: str
+    turns: list[Turn] = field(default_factory=list)
+    score: int = 0
+    tip: str = ""
+
+
+def understood(turn):
+    """Did the simulator know the action?"""
+    return not turn.next_observation.startswith((UNKNOWN, "Unknown action"))
+
+
 def room_of(observation):
-    found = re.match(
-        r"(?:You (?:move|teleport) to|This (?:room|outside location) is called) the ([a-z ]+)\.",
-        observation,
-    )
-    return found and found[1]
+    """The room that an observation names, or None."""
+    here = r"You (?:move|teleport) to|This (?:room|outside location) is called"
+    found = re.match(rf"(?:{here}) the ([a-z ]+)\.", observation)
+    return found[1] if found else None
 
 
-def solution(env, task, variation):
-    """The simulator's solution as (room, action), without walking, open doors and repetitions."""
-    opening, steps = envs.solve(task, variation, "easy")
-    room, plan = room_of(opening.split("\n", 1)[1]), []
-    for action, observation, _ in steps:
+def solution(task, variation):
+    """The simulator's, as (room, action), without walking, open doors and repetitions."""
+    opening, turns = solve(task, variation, "easy")
+    room = room_of(opening.split("\n", 1)[1])
+    plan = []
+    for action, observation, _ in turns:
         action = action.replace("examine ", "look at ")
-        if not re.match(r"go to|open door|look around", action) and (room, action) not in plan[-2:]:
+        walking = re.match(r"go to|open door|look around", action)
+        if not walking and (room, action) not in plan[-2:]:
             plan.append((room, action))
         room = room_of(observation) or room
     return plan
+
+
+def makes_sense(verb, things):
+    """Should the wandering player do this to these things?"""
+    if DULL.search(things):
+        return False
+    if verb == "connect":  # the ends of two different things, please
+        first, _, second = things.partition(" to ")
+        ends = all(re.search("terminal|anode|cathode", end) for end in (first, second))
+        return ends and not set(first.split()[:2]) & set(second.split()[:2])
+    return verb != "move" or "inventory" not in things
 
 
 def wander(env, done, rng):
     """A random action that makes some sense."""
     options = {}
     for action in env.valid_actions():
-        verb = next((v for v in VERBS if action.startswith(v)), None)
-        things = action.removeprefix(verb or "")
-        if (
-            verb
-            and action not in done
-            and not re.search(
-                rf"agent|\bair\b|sewer|drain|door|ground|component|{'|'.join(ROOMS)}|look around",
-                things,
-            )
-        ):
-            ends = things.split(" to ")
-            if verb == "connect" and (
-                not all(re.search("terminal|anode|cathode", end) for end in ends)
-                or set(ends[0].split()[:2]) & set(ends[1].split()[:2])
-            ):
-                continue  # the ends of two different things, please
-            if verb != "move" or "inventory" not in things:
-                options.setdefault(verb, []).append(action)
+        verb = next((verb for verb in VERBS if action.startswith(verb)), None)
+        if verb and action not in done and makes_sense(verb, action.removeprefix(verb)):
+            options.setdefault(verb, []).append(action)
     if not options:
         return "look around"
-    verb = rng.choices(list(options), [VERBS[v] for v in options])[0]
+    verb = rng.choices(list(options), [VERBS[verb] for verb in options])[0]
     return min(rng.choices(options[verb], k=2), key=len)  # rather short ones: plain names
 
 
 def play(env, task, variation, plan, tips, rng):
-    """One episode by the scripted player. A turn: observation, tips, action, whether the action is to be learnt."""
+    """One episode by the scripted player -> Transcript."""
     observation, info = env.reset(task, variation)
+    transcript = Transcript(info["prompt"], info["task"])
     wandering = rng.choice([0.1, 0.3, 0.5, 0.9])
     blunder = rng.randrange(2, 12) if rng.random() < 0.2 else None  # the turn of a wrong focus
-    e = {"prompt": info["prompt"], "task": info["task"], "turns": [], "score": 0}
-    room, at, fresh, done, failures = room_of(observation), 0, False, set(), 0
-    for turn in range(rng.choice([3, 5, 7, 9, 12, 15, 20, 30])):
-        shown = rng.sample(tips, rng.randint(1, len(tips))) if tips and rng.random() < 0.3 else []
-        planned, learn = None, True
+    room = room_of(observation)
+    fresh = False  # has the room just been entered?
+    at = 0  # place in the plan
+    failures = 0
+    done = set()
+    for number in range(rng.choice([3, 5, 7, 9, 12, 15, 20, 30])):
+        shown = []
+        if tips and rng.random() < 0.3:
+            shown = rng.sample(tips, rng.randint(1, len(tips)))
+        planned = False
+        imitate = True
         if observation.startswith("Ambiguous"):
             action = "0"
         elif fresh and rng.random() < 0.9:
             action = "look around"
-        elif turn == blunder:
-            action, learn = (
-                rng.choice([a for a in env.valid_actions() if a.startswith("focus on")]),
-                False,
-            )
+        elif number == blunder:
+            action = rng.choice([a for a in env.valid_actions() if a.startswith("focus on")])
+            imitate = False
         elif rng.random() < 0.03:
-            action, learn = (
-                rng.choice(
-                    ["go door", "take it", "use", "look the", "open all", "focus", "search"]
-                ),
-                False,
-            )
+            action = rng.choice(SLIPS_OF_THE_TONGUE)
+            imitate = False
         elif at < len(plan) and failures < 3 and (shown or rng.random() > wandering):
-            if plan[at][0] != room:
+            goal, action = plan[at]
+            planned = goal == room
+            if not planned:
                 doors = re.findall(r"door to the ([a-z ]+) \(", observation)
-                action = (
-                    "go" if plan[at][0] in doors and rng.random() < 0.4 else "teleport"
-                ) + f" to {plan[at][0]}"
-            else:
-                planned = action = plan[at][1]
+                walk = goal in doors and rng.random() < 0.4
+                action = f"go to {goal}" if walk else f"teleport to {goal}"
         elif rng.random() < 0.3:
-            action = f"teleport to {rng.choice([r for r in ROOMS if r != room])}"
+            action = f"teleport to {rng.choice([other for other in ROOMS if other != room])}"
         else:
             action = wander(env, done, rng)
-        before = observation
-        observation, reward, terminated, truncated, info = env.step(action)
-        known = observation != envs.UNKNOWN and not observation.startswith("Unknown action")
+        turn = Turn(observation, [], shown, action=action)
+        transcript.turns.append(turn)
+        observation, turn.reward, terminated, truncated, info = env.step(action)
+        turn.next_observation = observation
+        turn.advantage = float(imitate and understood(turn) and turn.reward >= 0)
         if planned:
             at += 1
-            failures += not known
-        e["turns"].append(
-            {
-                "observation": before,
-                "tips": shown,
-                "action": action,
-                "known": known,
-                "reward": reward,
-                "learn": learn and known and reward >= 0,
-            }
-        )
-        fresh = (
-            observation.startswith(("You move to the", "You teleport"))
-            and room_of(observation) is not None
-        )
+            failures += not understood(turn)
+        entered = observation.startswith(("You move to the", "You teleport"))
+        fresh = entered and room_of(observation) is not None
         room = room_of(observation) or room
         done.add(action)
-        e["score"] = info["score"]
         if terminated or truncated:
             break
-    return e | {"final": observation, "tip": tip(e, rng)}
+    transcript.score = info["score"]
+    transcript.tip = write_tip(transcript, rng)
+    return transcript
 
 
-def tip(e, rng):
+def write_tip(transcript, rng):
     """One true sentence on an episode, from what its dialogue shows."""
-    useful = [
-        t["action"] for t in e["turns"] if t["reward"] > 0 and not t["action"].startswith(IDLE)
-    ]
-    other = [
-        t["action"]
-        for t in e["turns"]
-        if t["known"] and t["reward"] == 0 and not t["action"].startswith(IDLE)
-    ]
+    turns = transcript.turns
+    score = transcript.score
+    told = [turn for turn in turns if not turn.action.startswith(IDLE)]
+    useful = [turn.action for turn in told if turn.reward > 0]
+    other = [turn.action for turn in told if understood(turn) and turn.reward == 0]
     chosen = list(dict.fromkeys(useful))[:6]
     chosen += list(dict.fromkeys(other))[: max(0, 3 - len(chosen))]
-    did = (
-        ", ".join(a for a in dict.fromkeys(t["action"] for t in e["turns"]) if a in chosen)
-        or "nothing useful"
-    )
-    unknown = [t["action"] for t in e["turns"] if not t["known"]]
+    in_order = dict.fromkeys(turn.action for turn in turns if turn.action in chosen)
+    did = ", ".join(in_order) or "nothing useful"
     opening = rng.choice(["I did", "I did", "the steps were"])
-    if e["score"] < 0:
-        return f"Score {e['score']}: {e['turns'][-1]['action']} was wrong and ended it; before that {opening} {did}."
-    focused = " ".join(
-        t["action"] for t in e["turns"] if t["action"].startswith("focus") and t["known"]
-    ).lower()
-    missing = [x for x in envs.focus_targets(e["task"]) if x.lower() not in focused]
-    end = f"; {unknown[0]} was not understood" if unknown and rng.random() < 0.5 else ""
-    if e["score"] == 100:
+    if score < 0:
+        wrong = f"{turns[-1].action} was wrong and ended it"
+        return f"Score {score}: {wrong}; before that {opening} {did}."
+    unknown = [turn.action for turn in turns if not understood(turn)]
+    end = ""
+    if unknown and rng.random() < 0.5:
+        end = f"; {unknown[0]} was not understood"
+    if score == 100:
         return f"Score 100: the task was completed by {did}{end}."
+    tried = [turn for turn in turns if turn.action.startswith("focus") and understood(turn)]
+    focused = " ".join(turn.action for turn in tried).lower()
+    missing = [x for x in focus_targets(transcript.task_text) if x.lower() not in focused]
     if missing:
         end += f"; still to do: focus on {missing[0]}"
-    return f"Score {e['score']}: {opening} {did}{end}."
+    return f"Score {score}: {opening} {did}{end}."
 
 
 def play_all(seed):
-    episodes, rng = [], random.Random(seed)
-    todo = [(task, k) for task, n in TASKS.items() for k in range(n)]
+    """All transcripts."""
+    rng = random.Random(seed)
     # A second house has wires to connect: the actions of electrical tasks exist in it.
-    worlds = [
-        envs.make("scienceworld", step_limit=40, simplification=s)
-        for s in ("easy", "teleportAction,selfWateringFlowerPots,openDoors")
-    ]
-    for task, k in tqdm(todo, desc="play", unit="house"):
-        variation = worlds[0].variations(task, "train")[k]
-        plan, tips = solution(worlds[0], task, variation), []
+    wired = "teleportAction,selfWateringFlowerPots,openDoors"
+    worlds = [ScienceWorld(40, simplification=name) for name in ("easy", wired)]
+    todo = []
+    for task, count in TASKS.items():
+        todo += [(task, v) for v in worlds[0].variations(task, "train")[:count]]
+    transcripts = []
+    for task, variation in tqdm(todo, desc="play", unit="house"):
+        plan = solution(task, variation)
+        tips = []
         for _ in range(EPISODES):
-            episodes.append(play(worlds[rng.random() < 0.35], task, variation, plan, tips, rng))
-            tips.append(episodes[-1]["tip"])
-    return episodes
+            world = worlds[rng.random() < 0.35]
+            transcripts.append(play(world, task, variation, plan, tips, rng))
+            tips.append(transcripts[-1].tip)
+    return transcripts
 
 
-# --- 2. Learn ---------------------------------------------------------------------------------------------------
-def texts(e):
-    yield from (
-        e["prompt"],
-        e["final"],
-        e["tip"],
-        TIP_REQUEST.format(score=e["score"]),
-        TIPS_TEXT.format("- "),
-    )
-    yield from (text for t in e["turns"] for text in (t["observation"], t["action"], *t["tips"]))
+# --- 2. Learn -------------------------------------------------------------------------------------
+def corpus(transcripts):
+    """What the tokenizer is made from."""
+    for transcript in transcripts:
+        yield from (transcript.prompt, transcript.turns[-1].next_observation, transcript.tip)
+        yield from (TIP_REQUEST.format(score=transcript.score), TIPS_TEXT.format("- "))
+        for turn in transcript.turns:
+            yield from (turn.observation, turn.action, *turn.tips)
 
 
-def make_tokenizer(texts, size):
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(False, use_regex=False),
-        ]
-    )
-    raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=size,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-    )
-
-
-def make_model(vocabulary, heads=4, size=48, theta=1e6):
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=vocabulary,
-            hidden_size=heads * size,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
-            bos_token_id=None,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-    model.model.embed_tokens.weight.data *= (
-        2.5  # 0.05: the untrained copies below are loud enough to be learnt from
-    )
-    start_copying(
-        model.model.layers[0].self_attn, model.model.layers[1].self_attn, heads, size, theta
-    )
-    return model
-
-
-@torch.no_grad()
-def start_copying(first, second, heads, size, theta):
-    """Start the first two layers as an induction circuit ("what came after this token last time?"), which is all
-    that copying a name needs and would take longer to emerge than the rest takes to train."""
-    half = size // 2
-    angles = theta ** (
-        -torch.arange(half) / half
-    )  # of a head's rotary pairs (i, i + half), fast to slow
-    strength = 4.0 * (torch.arange(half) < 6)  # the fast pairs tell neighbours apart
-    for head, back in enumerate(
-        (1, 2, 3)
-    ):  # heads that look 1, 2 and 3 tokens back, whatever the content
-        mine = slice(head * size, (head + 1) * size)
-        first.k_proj.bias[mine] = torch.cat([strength, 0 * strength])
-        first.q_proj.bias[mine] = torch.cat(
-            [strength * (back * angles).cos(), -strength * (back * angles).sin()]
-        )
-    basis = torch.linalg.qr(torch.randn(heads * size, heads * size))[0]
-    content, channel = (
-        basis[:half],
-        torch.linalg.qr(torch.randn(heads * size, half))[0].T,
-    )  # [half, d]
-    slow = [
-        i for i in range(size) if i % half >= half // 2
-    ]  # pairs that hardly turn: content at any distance
-    first.v_proj.weight[:half] = (
-        content  # head 0 writes what the token before was into a channel ...
-    )
-    first.o_proj.weight[:, :half] = 0.15 * channel.T
-    for head in range(
-        2
-    ):  # ... where the second layer looks for the present token, and says what followed
-        at = [head * size + i for i in slow]
-        second.q_proj.weight[at], second.k_proj.weight[at] = 2.0 * content, 2.0 * channel
-        mine = slice(head * size, (head + 1) * size)
-        second.v_proj.weight[mine] = basis[head * size : (head + 1) * size]
-        second.o_proj.weight[:, mine] = 0.5 * basis[head * size : (head + 1) * size].T
-
-
-def things(episodes):
+def things(transcripts):
     """Names of things in the observations, the most frequent ones first."""
+    name = re.compile(r"\ban? ([a-z]+(?: [a-z]+){0,3}?)(?=[,.\n]| which| \(| currently)")
     count = {}
-    for e in episodes:
-        seen = " ".join(t["observation"] for t in e["turns"])
-        for name in set(
-            re.findall(r"\ban? ([a-z]+(?: [a-z]+){0,3}?)(?=[,.\n]| which| \(| currently)", seen)
-        ):
-            count[name] = count.get(name, 0) + 1
-    return [
-        name
-        for name in sorted(count, key=lambda n: (-count[n], n))
-        if count[name] > 2 and name not in ("substance", "agent", "temperature")
-    ]
+    for transcript in transcripts:
+        seen = " ".join(turn.observation for turn in transcript.turns)
+        for thing in set(name.findall(seen)):
+            count[thing] = count.get(thing, 0) + 1
+    for thing in ("substance", "agent", "temperature"):
+        count.pop(thing, None)
+    frequent = [thing for thing in count if count[thing] > 2]
+    return sorted(frequent, key=lambda thing: (-count[thing], thing))
 
 
-def renaming(e, names, rng):
-    """A function that gives things and rooms of this episode other names, made up from the words of all names."""
-    acted = " ".join([e["task"], *(t["action"] for t in e["turns"])]).lower()
-    targets = [target.lower() for target in envs.focus_targets(e["task"])]
-    old = [n for n in names + targets if n in acted and rng.random() < 0.7]
-    words = sorted({word for n in names for word in n.split()})
-    new = {n: " ".join(rng.sample(words, rng.choice([1, 1, 2, 2, 3]))) for n in old}
+def renaming(transcript, names, rng):
+    """A function that gives things and rooms other names, made up from the words of all names."""
+    acted = " ".join([transcript.task_text, *(turn.action for turn in transcript.turns)]).lower()
+    targets = [target.lower() for target in focus_targets(transcript.task_text)]
+    old = [name for name in names + targets if name in acted and rng.random() < 0.7]
+    words = sorted({word for name in names for word in name.split()})
+    new = {name: " ".join(rng.sample(words, rng.choice([1, 1, 2, 2, 3]))) for name in old}
     if rng.random() < 0.4:
-        new |= dict(zip(ROOMS, rng.sample(ROOMS, len(ROOMS))))
+        new |= dict(zip(ROOMS, rng.sample(ROOMS, len(ROOMS)), strict=True))
     if not new:
         return str
-    pattern = re.compile(
-        r"\b(" + "|".join(sorted(map(re.escape, new), key=len, reverse=True)) + r")\b",
-        re.IGNORECASE,
-    )
+    longest_first = sorted(map(re.escape, new), key=len, reverse=True)
+    pattern = re.compile(rf"\b({'|'.join(longest_first)})\b", re.IGNORECASE)
     return lambda text: pattern.sub(lambda found: new[found[0].lower()], text)
 
 
 def slips(ids, weight, rng, often):
-    """Let a token slip in, or stick, now and then; what follows is right again, so that a slip becomes no loop."""
-    out, weights = [], []
+    """Let a token slip in, or stick, now and then -> ids, weights.
+
+    What follows is right again, so that a slip becomes no loop.
+    """
+    out = []
+    weights = []
     for token in ids:
         if out and rng.random() < often:
-            extra = [out[-1] if rng.random() < 0.7 else rng.choice(ids)] * rng.choice([1, 1, 2, 4])
-            out, weights = out + extra, weights + [0.0] * len(extra)
+            wrong = out[-1] if rng.random() < 0.7 else rng.choice(ids)
+            times = rng.choice([1, 1, 2, 4])
+            out += [wrong] * times
+            weights += [0.0] * times
         out.append(token)
         weights.append(weight)
     return out, weights
 
 
-def sequence(policy, e, rename, rng, context=4500):
-    """One dialogue as a rollout makes it -> ids, weight of each in the loss. (A rollout drops the tips of past
-    turns; here they stay, so that one sequence teaches several turns with tips.)"""
-    ids, weights = [], []
+def dialogue(policy, transcript, rename, rng):
+    """As a rollout makes it -> ids, weight of each in the loss.
 
-    def add(piece, weight, often=0.0):
-        for whole, part in zip((ids, weights), slips(piece, weight, rng, often)):
-            whole.extend(part)
-
-    add(policy.message("system", rename(e["prompt"])), 0.0)
-    for t in e["turns"]:
-        add(policy.message("user", rename(t["observation"])), 0.1)
-        if t["tips"]:
-            add(
-                policy.message(
-                    "user", TIPS_TEXT.format("\n".join(f"- {rename(x)}" for x in t["tips"]))
-                ),
-                0.1,
-            )
-        add(policy.header, 0.0)
-        add(policy.encode(rename(t["action"])) + [policy.end_id], float(t["learn"]), 0.01)
-        add(policy.encode("\n"), 0.0)
-    add(
-        policy.message("user", rename(e["final"]) + "\n\n" + TIP_REQUEST.format(score=e["score"])),
-        0.0,
-    )
-    add(policy.header, 0.0)
-    add(policy.encode(rename(e["tip"])) + [policy.end_id], 1.0, 0.06)
-    return ids[:context], weights[:context]
+    A rollout drops the tips of past turns; here they stay, so that one sequence teaches several
+    turns with tips.
+    """
+    parts = [(policy.message("system", rename(transcript.prompt)), 0.0, 0.0)]  # ids, weight, slips
+    for turn in transcript.turns:
+        parts.append((policy.message("user", rename(turn.observation)), 0.1, 0.0))
+        if turn.tips:
+            tips = [rename(tip) for tip in turn.tips]
+            parts.append((tips_message(policy, tips), 0.1, 0.0))
+        parts.append((policy.header, 0.0, 0.0))
+        action = [*policy.encode(rename(turn.action)), policy.end_id]
+        parts.append((action, turn.advantage, 0.01))
+        parts.append((policy.encode("\n"), 0.0, 0.0))
+    request = TIP_REQUEST.format(score=transcript.score)
+    last = f"{rename(turn.next_observation)}\n\n{request}"
+    parts.append((policy.message("user", last), 0.0, 0.0))
+    parts.append((policy.header, 0.0, 0.0))
+    parts.append(([*policy.encode(rename(transcript.tip)), policy.end_id], 1.0, 0.06))
+    ids = []
+    weights = []
+    for piece, weight, often in parts:
+        piece_ids, piece_weights = slips(piece, weight, rng, often)
+        ids += piece_ids
+        weights += piece_weights
+    return ids[:CONTEXT], weights[:CONTEXT]
 
 
 def recall(vocabulary, rng, length=400, piece=8):
@@ -443,105 +324,69 @@ def recall(vocabulary, rng, length=400, piece=8):
     ids = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(50, length))]
     weights = [0.0] * len(ids)
     for start in [rng.randrange(len(ids) - piece) for _ in range(len(ids) // piece)]:
-        again, weight = slips(ids[start : start + piece], 0.15, rng, 0.06)
+        again, again_weights = slips(ids[start : start + piece], 0.15, rng, 0.06)
         ids += again
-        weights += [0.0] + weight[1:]  # where a piece begins cannot be known
+        weights += [0.0, *again_weights[1:]]  # where a piece begins cannot be known
     return ids, weights
 
 
-def learn(model, policy, episodes, minutes, rng, batch_tokens=2500):
-    first, second = model.model.layers[:2]
-    copying = [p for part in (first, second.self_attn) for p in part.parameters() if p.ndim == 2]
-    matrices = [
-        p
-        for p in model.model.layers.parameters()
-        if p.ndim == 2 and not any(p is c for c in copying)
-    ]
-    rest = [p for p in model.parameters() if not any(p is m for m in copying + matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.006, weight_decay=0.1),
-        torch.optim.Muon(
-            copying, lr=0.001, weight_decay=0.0
-        ),  # slow, or it is lost before it is of use
-        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    peak = [o.param_groups[0]["lr"] for o in optimizers]
-    fast = torch.cpu._is_avx512_bf16_supported()
-    names, start, queue, average, step = things(episodes), time.time(), [], None, 0
-    bar = tqdm(total=round(60 * minutes), desc="learn", unit="s")
-    while (passed := (time.time() - start) / (60 * minutes)) < 1:
-        for optimizer, rate in zip(optimizers, peak):
-            optimizer.param_groups[0]["lr"] = rate * min(
-                1, (step + 1) / 30, (1 - passed) / 0.6 + 0.02
-            )
-        batch, tokens = [], 0
-        while tokens < batch_tokens:
-            if step < 40 or rng.random() < 0.1:
-                batch.append(recall(model.config.vocab_size, rng))
-            else:
-                queue = queue or rng.sample(episodes, len(episodes))
-                e = queue.pop()
-                batch.append(
-                    sequence(policy, e, renaming(e, names, rng) if rng.random() < 0.6 else str, rng)
-                )
-            tokens += len(batch[-1][0])
+def learn(model, policy, transcripts, minutes, rng):
+    """Predict the next token, on at least 2,500 tokens at each step."""
+    names = things(transcripts)
+    queue = []
+    optimizers = tiny.make_optimizers(
+        model, r"layers\.(0|1\.self_attn)\.", rates=(0.006, 0.001, 0.003), weight_decay=0.1
+    )
+
+    def sequence(step):
+        if step < 40 or rng.random() < 0.1:
+            return recall(model.config.vocab_size, rng)
+        if not queue:
+            queue.extend(rng.sample(transcripts, len(transcripts)))
+        transcript = queue.pop()
+        rename = str
+        if rng.random() < 0.6:
+            rename = renaming(transcript, names, rng)
+        return dialogue(policy, transcript, rename, rng)
+
+    def backward(step):
+        batch = []
+        while sum(len(ids) for ids, _ in batch) < 2500:
+            batch.append(sequence(step))
         total = sum(sum(weights) for _, weights in batch)
-        shown = [0.0, 0.0]
+        shown = 0.0
         for ids, weights in batch:
-            ids, weights = torch.tensor(ids), torch.tensor(weights)[1:]
-            where = weights.nonzero()[:, 0]
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-                hidden = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[
-                    0, where
-                ]  # [n, d]
-                logits = model.lm_head(hidden).float()
+            ids = torch.tensor(ids)
+            weights = torch.tensor(weights)[1:]  # [L - 1], of the targets
+            where = weights.nonzero()[:, 0]  # [n]
+            with tiny.autocast():
+                states = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+                logits = model.lm_head(states[where]).float()  # [n, vocab]
             losses = F.cross_entropy(logits, ids[1:][where], reduction="none")  # [n]
-            (losses @ weights[where] / total).backward()
-            target = weights[where] == 1
-            shown[0] += losses[target].sum().item()
-            shown[1] += target.sum().item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        if shown[1]:
-            loss = shown[0] / shown[1]
-            average = loss if average is None else 0.95 * average + 0.05 * loss
-        bar.n = min(bar.total, round(time.time() - start))
-        bar.set_postfix_str(f"step {step}, loss on actions and tips {average or 0:.2f}")
-    bar.close()
+            loss = losses @ weights[where] / total
+            loss.backward()
+            shown += loss.item()
+        return shown
+
+    tiny.learn(optimizers, minutes, last_rate=0.02, backward=backward)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, help="folder (default: this one)"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=10, help="time to learn, after the playing (default: 10)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of everything that is drawn (default: 0)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace the model in the folder")
+    """Play, then learn."""
+    parser = tiny.command_line(__doc__, FOLDER, minutes=10)
     args = parser.parse_args()
-    if (args.out / "model.safetensors").exists() and not args.force:
-        parser.error(
-            f"{args.out} already holds a model; give another --out, or --force to replace it"
-        )
+    tiny.refuse_overwrite(parser, args)
     torch.manual_seed(args.seed)
-    episodes = play_all(args.seed)
-    tokenizer = make_tokenizer((text for e in episodes for text in texts(e)), 3072)
-    model = make_model(len(tokenizer))
-    tokenizer.save_pretrained(args.out)
-    model.save_pretrained(args.out)
-    policy = Policy.load(str(args.out))  # for its dialogue format, which it also checks
-    learn(model, policy, episodes, args.minutes, random.Random(args.seed))
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
+    transcripts = play_all(args.seed)
+    tokenizer = tiny.make_tokenizer(corpus(transcripts), 3072)
+    model = tiny.make_model(len(tokenizer), layers=4, heads=4, size=48, width=512, theta=1e6)
+    # Two heads: what came after this token?
+    lookups = [(0, 1), (0, 1)]
+    # Loud enough that the untrained copies can be learnt from.
+    tiny.start_copying(model, 2.5, sharpness=4.0, fast=6, volume=0.15, lookups=lookups)
+    policy = tiny.load_policy(model, tokenizer, args.out)  # for its dialogue format
+    learn(model, policy, transcripts, args.minutes, random.Random(args.seed))
+    tiny.save(model, args.out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import re
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -141,11 +140,10 @@ def learn(optimizers, minutes, last_rate, backward):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
-    bar = tqdm(total=round(60 * minutes), desc="learn", unit="s")
-    start = time.time()
-    average = None
     step = 0
     passed = 0.0  # share of the time
+    start = time.time()
+    bar = tqdm(desc="learn", unit="step")
     while passed < 1:
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * min(1, (step + 1) / 30, (1 - passed) / 0.6 + last_rate)
@@ -155,19 +153,16 @@ def learn(optimizers, minutes, last_rate, backward):
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        average = loss if average is None else 0.95 * average + 0.05 * loss
-        seconds = time.time() - start
-        passed = seconds / (60 * minutes)
-        bar.n = min(bar.total, round(seconds))
-        bar.set_postfix_str(f"step {step}, loss {average:.3f}")
+        passed = (time.time() - start) / (60 * minutes)
+        bar.update()
+        bar.set_postfix_str(f"loss {loss:.3f}, {passed:.0%} of the time")
     bar.close()
 
 
 def autocast():
     """bf16 where the processor is fast at it."""
-    if torch.cpu._is_avx512_bf16_supported():
-        return torch.autocast("cpu", torch.bfloat16)
-    return nullcontext()
+    fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
 def load_policy(model, tokenizer, folder):
