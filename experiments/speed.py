@@ -1,386 +1,368 @@
-"""How much faster the code is than the obvious way, and that it computes the same: `python benchmarks/speed.py`.
+"""How much faster the code is than the obvious way, and that it computes the same.
 
-One process, one set of random weights. Each arm is timed only after its log-probs (and gradients) have been compared
-with the plain version kept in this file (the difference is printed; on a CPU, in fp32, it must be below 1e-5); medians of interleaved repeats; ratios are what to look at.
+  python -m experiments.speed
 
-  rollout   plain: `generate` re-reads the whole dialogue at every turn         ours: keys and values kept over turns
-  update    plain: one forward/backward row per (prompt, action) pair           ours: one row per episode, with branches
-  env       plain: the package's ScienceWorldEnv, a JVM each                    ours: many simulators in one JVM
-On a GPU the model is 7B-shaped (bf16, or --load-in-4bit) and the floors are computed from peaks measured in this run.
+One process, one set of random weights. Each arm is timed only after its log-probs or gradients have
+been compared with the plain version kept in this file: the difference is printed, and on a CPU, in
+fp32, it must be below 1e-5. Times are medians of interleaved repeats; look at the ratios.
+
+  rollout   plain: `generate` reads the whole dialogue again at every turn
+            ours:  keys and values are kept from turn to turn
+  update    plain: a row for each (prompt, action) pair
+            ours:  a row for each episode, with branches
+  env       plain: the package's ScienceWorldEnv, a JVM each
+            ours:  many simulators in one JVM
+
+On a GPU the model is 7B-shaped (bf16, or --load-in-4bit), and the time that its matrix products
+take at the peak rate measured in this run is printed, too.
 """
 
 import argparse
-import copy
+import dataclasses
 import os
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from scienceworld import ScienceWorldEnv
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import empo2
-import envs
+import rollout
+from empo2 import accumulate_gradient, hybrid_loss, score_tokens, training_pairs
 from policy import Policy
+from rows import collate, micro_batches, pack
+from runs import ROOT
+from settings import Settings
+from worlds.scienceworld import Jvm, ScienceWorld, find_java
 
-ROOT = Path(__file__).parent.parent
-
-
-# --- The plain versions -----------------------------------------------------------------------------------------
-class Forced(LogitsProcessor):
-    """Makes `generate` draw given tokens; its raw logits are untouched."""
-
-    def __init__(self, actions, width):
-        self.actions, self.width = actions, width
-
-    def __call__(self, ids, scores):
-        forced = torch.full_like(scores, -torch.inf)
-        for row, action in enumerate(self.actions):
-            forced[row, action[min(ids.shape[1] - self.width, len(action) - 1)]] = 0.0
-        return forced
+PROMPT = 200  # tokens of the system message
+OBSERVATION = 40  # mean tokens of an observation
+ACTION = 8  # most tokens of an action
+UPDATE_EPISODES = 2  # of an optimiser step
+REPEATS = 3
+SETTINGS = Settings(micro_tokens=16384, min_prob=0.0)
+WALK = ("look around", "teleport to kitchen", "look around", "open cupboard",
+        "pick up thermometer", "inventory")  # fmt: skip
 
 
+# --- The plain versions ---------------------------------------------------------------------------
 @torch.no_grad()
-def plain_sample(policy, contexts, actions):
-    """`generate` from nothing, left-padded; returns the log-probs of the forced actions."""
+def plain_sample(policy, prompts, actions):
+    """`generate` from nothing, padded on the left -> the log-probs of the given actions."""
     policy.model.eval()
-    width = max(map(len, contexts))
-    ids = torch.tensor(
-        [[policy.end_id] * (width - len(c)) + c for c in contexts], device=policy.device
-    )
-    seen = torch.tensor(
-        [[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=policy.device
-    )
+    ids = pad_sequence([torch.tensor(p) for p in prompts], True, policy.end_id, "left")
+    seen = pad_sequence([torch.ones(len(p)) for p in prompts], True, 0, "left")
+    width = ids.shape[1]
     longest = max(map(len, actions))
+
+    def forced(b, ids):  # what may come next
+        action = actions[b]
+        return [action[min(len(ids) - width, len(action) - 1)]]
+
+    config = GenerationConfig(
+        max_new_tokens=longest,
+        min_new_tokens=longest,
+        do_sample=False,
+        pad_token_id=policy.end_id,
+        return_dict_in_generate=True,
+        output_logits=True,  # raw, as if nothing was forced
+    )
     with policy.autocast():
         out = policy.model.generate(
-            input_ids=ids,
-            attention_mask=seen,
-            return_dict_in_generate=True,
-            output_logits=True,
-            logits_processor=LogitsProcessorList([Forced(actions, width)]),
-            generation_config=GenerationConfig(
-                max_new_tokens=longest,
-                min_new_tokens=longest,
-                do_sample=False,
-                pad_token_id=policy.end_id,
-            ),
+            input_ids=ids.to(policy.device),
+            attention_mask=seen.to(policy.device),
+            prefix_allowed_tokens_fn=forced,
+            generation_config=config,
         )
-    return [
-        [out.logits[t][row].float().log_softmax(-1)[token].item() for t, token in enumerate(action)]
-        for row, action in enumerate(actions)
-    ]
+    logps = torch.stack(out.logits, 1).float().log_softmax(-1)  # [B, longest, vocab]
+    return [logps[b, range(len(action)), action].tolist() for b, action in enumerate(actions)]
 
 
-def plain_rows(episode, advantage):
-    """(ids, mask, old log-probs, advantage, recompute) for each turn on its own."""
-    for t, turn in enumerate(episode.turns):
-        prompt = episode.dialogue(t, tips=bool(turn.tips) and not turn.offpolicy)
-        yield (
-            prompt + turn.action,
-            [False] * len(prompt) + [True] * len(turn.action),
-            [0.0] * len(prompt) + turn.logps,
-            advantage,
-            turn.offpolicy,
-        )
+def plain_step(policy, pairs, s):
+    """The gradient of an optimiser step, a row for each pair -> padded tokens computed."""
+    num_tokens = sum(len(pair.action) for pair in pairs)
+    batches = [[]]
+    for pair in sorted(pairs, key=lambda pair: len(pair.prompt + pair.action)):
+        length = len(pair.prompt + pair.action)
+        if batches[-1] and (len(batches[-1]) + 1) * length > s.micro_tokens:
+            batches.append([])
+        batches[-1].append(pair)
+    computed = 0
+    for batch in batches:
 
+        def stack(values):
+            tensors = [torch.tensor(value) for value in values]
+            return pad_sequence(tensors, batch_first=True).to(policy.device)
 
-def plain_update(policy, episodes, advantages, s):
-    """The gradient of one optimiser step, turn by turn. Returns the padded tokens computed."""
-    rows = sorted(
-        (row for e, a in zip(episodes, advantages) for row in plain_rows(e, a)),
-        key=lambda r: len(r[0]),
-    )
-    total, computed, batch, batches = sum(sum(r[1]) for r in rows), 0, [], []
-    for row in rows:
-        if batch and (len(batch) + 1) * len(row[0]) > s.micro_tokens:
-            batches.append(batch)
-            batch = []
-        batch.append(row)
-    for batch in batches + [batch]:
-        width = max(len(r[0]) for r in batch)
-
-        def pad(field):
-            return torch.tensor(
-                [r[field] + [0] * (width - len(r[0])) for r in batch], device=policy.device
-            )
-
-        logp, _ = policy.logprobs(pad(0), pad(1).bool())
-        old = torch.where(
-            torch.tensor([[r[4]] for r in batch], device=policy.device), logp.detach(), pad(2)
-        )
-        advantage = torch.tensor([[r[3]] for r in batch], device=policy.device)
-        empo2.hybrid_loss(
-            logp, old, advantage, pad(1).bool(), min_prob=s.min_prob, denominator=total
-        )[0].backward()
-        computed += width * len(batch)
+        ids = stack(pair.prompt + pair.action for pair in batch)
+        mask = stack([False] * len(pair.prompt) + [True] * len(pair.action) for pair in batch)
+        old_logps = stack([0.0] * len(pair.prompt) + pair.old_logps for pair in batch)
+        advantages = stack([pair.advantage] for pair in batch)
+        logp, _ = policy.logprobs(ids, mask, s.temperature)
+        loss, _ = hybrid_loss(logp, old_logps, advantages, mask, s, num_tokens=num_tokens)
+        loss.backward()
+        computed += ids.numel()
     return computed
 
 
-# --- Arms -------------------------------------------------------------------------------------------------------
-def play(policy, prompts, observations, action_tokens, check=None):
-    """Lock-step turns with given observation ids [turn][row]; returns the episodes.
+# --- Ours, and the comparison ---------------------------------------------------------------------
+def packed_step(policy, episodes, s):
+    """The gradient of an optimiser step, a row for each episode -> padded tokens computed.
 
-    check: called with (contexts, actions, log-probs) of each turn."""
-    torch.manual_seed(0)
+    episodes: a list of pairs for each.
+    """
+    rows = [pack(pairs) for pairs in episodes]
+    num_tokens = sum(len(pair.action) for pairs in episodes for pair in pairs)
+    computed = 0
+    for batch in micro_batches(rows, s.micro_tokens):
+        accumulate_gradient(policy, batch, s, num_tokens)
+        computed += len(batch) * max(len(row.ids) for row in batch)
+    return computed
+
+
+def play(policy, prompts, observations, action_tokens):
+    """Turns with given observation ids [turn][episode] -> episodes."""
     policy.forget()
-    episodes = [empo2.Episode("", 0, 0, p, policy.header, "", row=i) for i, p in enumerate(prompts)]
-    for t, turn_observations in enumerate(observations):
-        for episode, observation in zip(episodes, turn_observations):
-            closing = policy.closing(episode.turns[-1].action) if t else []
-            episode.turns.append(empo2.Turn(closing + observation, [], [], [], {}))
-        contexts = [e.dialogue(t) for e in episodes]
-        actions, logps = policy.sample(contexts, action_tokens, rows=range(len(episodes)))
-        for episode, action, logp in zip(episodes, actions, logps):
-            episode.turns[t].action, episode.turns[t].logps = action, logp
-        if check:
-            check(contexts, actions, logps)
+    episodes = []
+    for lane, rng in enumerate(np.random.default_rng(0).spawn(len(prompts))):
+        job = rollout.Job("", 0, lane, 0)
+        episodes.append(rollout.Episode(job, rng, lane, "", prompts[lane], policy.header))
+    for turn_observations in observations:
+        for episode, ids in zip(episodes, turn_observations, strict=True):
+            if episode.turns:
+                ids = policy.closing(episode.turns[-1].action_ids) + ids
+            episode.turns.append(rollout.Turn("", ids))
+        contexts = [episode.prompt(-1, with_tips=False) for episode in episodes]
+        actions, logps = rollout.sample(policy, episodes, contexts, action_tokens, 1.0)
+        for episode, action, action_logps in zip(episodes, actions, logps, strict=True):
+            episode.turns[-1].action_ids = action
+            episode.turns[-1].logps = action_logps
     return episodes
 
 
 def replay_plainly(policy, episodes):
-    """The same tokens through `generate`; returns the largest difference of a log-prob."""
+    """The same tokens through `generate` -> the largest difference of a log-prob."""
     worst = 0.0
     for t in range(len(episodes[0].turns)):
-        got = plain_sample(
-            policy, [e.dialogue(t) for e in episodes], [e.turns[t].action for e in episodes]
-        )
-        for e, logps in zip(episodes, got):
-            worst = max(worst, max(abs(a - b) for a, b in zip(logps, e.turns[t].logps)))
+        prompts = [episode.prompt(t, with_tips=False) for episode in episodes]
+        turns = [episode.turns[t] for episode in episodes]
+        plain = plain_sample(policy, prompts, [turn.action_ids for turn in turns])
+        for logps, turn in zip(plain, turns, strict=True):
+            worst = max(worst, np.abs(np.subtract(logps, turn.logps)).max())
     return worst
 
 
+def learnt_pairs(episode):
+    """The training pairs; their old log-probs are the sampler's, whatever the prompt."""
+    pairs = list(training_pairs(episode, SETTINGS))
+    for pair, turn in zip(pairs, episode.turns, strict=True):
+        pair.old_logps = turn.logps
+    return pairs
+
+
 def gradient(policy, step):
+    """Gradient of the adapter [n] after `step`, and what that returns."""
     policy.model.zero_grad()
-    policy.model.train()
-    computed = step()
-    return torch.cat([p.grad.flatten() for p in policy.trainable()]), computed
+    result = step()
+    return torch.cat([p.grad.flatten() for p in policy.trainable()]), result
 
 
-def timed(device, *arms, repeats):
+def check_equal(policy, what, difference):
+    """An arm that computes something else is not timed."""
+    if policy.device.type == "cpu" and difference >= 1e-5:
+        raise RuntimeError(f"{what} differ by {difference:.1e}: one of the two is wrong")
+
+
+def timed(*arms):
     """Median seconds of each arm; the arms take turns."""
     seconds = [[] for _ in arms]
-    for _ in range(repeats):
-        for arm, times in zip(arms, seconds):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+    for _ in range(REPEATS):
+        for arm, times in zip(arms, seconds, strict=True):
             start = time.perf_counter()
             arm()
-            if device.type == "cuda":
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     return [statistics.median(times) for times in seconds]
 
 
-def memory_for_backward(policy, rows, s):
-    """GB that the forward pass of a micro-batch keeps for the backward pass, weights excluded."""
-    weights, kept = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}, {}
+def show(name, plain, ours, note):
+    """A line of the table."""
+    print(f"{name:38}{plain:10.2f} s{ours:10.2f} s{plain / ours:9.1f}x   {note}", flush=True)
 
-    def pack(tensor):
+
+# --- Rollout, update, memory ----------------------------------------------------------------------
+def text(rng, n):
+    """Random ids."""
+    return rng.integers(10, 1500, n).tolist()
+
+
+def message(policy, rng, n):
+    """A message of n random ids."""
+    empty = policy.message("user", "")
+    return empty[:-2] + text(rng, n) + empty[-2:]
+
+
+def bench_rollout(policy, rng, dialogues, turns):
+    """Episodes of so many turns, for the other arms."""
+    prompts = [text(rng, PROMPT) for _ in range(dialogues)]
+    observations = []
+    for _ in range(turns):
+        sizes = rng.integers(OBSERVATION // 4, 2 * OBSERVATION, dialogues)
+        observations.append([message(policy, rng, n) for n in sizes])
+    episodes = play(policy, prompts, observations, ACTION)
+    difference = replay_plainly(policy, episodes)
+    check_equal(policy, "log-probs", difference)
+    plain, ours = timed(
+        lambda: replay_plainly(policy, episodes),
+        lambda: play(policy, prompts, observations, ACTION),
+    )
+    policy.forget()
+    tokens = sum(len(episode.prompt(-1, False)) for episode in episodes)
+    read = sum(len(episode.prompt(t, False)) for episode in episodes for t in range(turns))
+    note = f"log-probs equal to {difference:.0e}; tokens read {read:,} -> {tokens:,}"
+    show(f"rollout, {dialogues} dialogues x {turns} turns", plain, ours, note)
+    return episodes
+
+
+def bench_update(policy, rng, episodes, turns, with_tips):
+    """A step on so many turns; with tips: on a quarter of them, two thirds of those off-policy."""
+    packed = []
+    for number, episode in enumerate(episodes[:UPDATE_EPISODES]):
+        own = [dataclasses.replace(turn) for turn in (episode.turns * 2)[:turns]]
+        for t, turn in enumerate(own):
+            turn.advantage = (-1.0) ** number
+            if with_tips and t % 4 == 3:
+                turn.tip_ids = message(policy, rng, 4 * OBSERVATION)
+                turn.offpolicy = t // 4 % 3 > 0
+        packed.append(learnt_pairs(dataclasses.replace(episode, turns=own)))
+    pairs = [pair for own in packed for pair in own]
+
+    def plain_arm():
+        return gradient(policy, lambda: plain_step(policy, pairs, SETTINGS))
+
+    def our_arm():
+        return gradient(policy, lambda: packed_step(policy, packed, SETTINGS))
+
+    plain_gradient, plain_tokens = plain_arm()
+    our_gradient, our_tokens = our_arm()
+    difference = ((plain_gradient - our_gradient).norm() / plain_gradient.norm()).item()
+    check_equal(policy, "gradients", difference)
+    plain, ours = timed(plain_arm, our_arm)
+    note = f"gradients equal to {difference:.0e}; tokens {plain_tokens:,} -> {our_tokens:,}"
+    mixture = ", p = 0.25, q = 2/3" if with_tips else ""
+    show(f"update, {turns} turns{mixture}", plain, ours, note)
+    if policy.device.type == "cuda":
+        show_floor(policy, our_tokens, ours)
+
+
+def bench_memory(policy, episodes):
+    """What the forward pass of a micro-batch keeps for the backward pass."""
+    print("\nkept for the backward pass, by tokens of the micro-batch, and what their logits are")
+    for count in (1, 2, 4):
+        rows = [pack(learnt_pairs(episode)) for episode in (episodes * 4)[:count]]
+        tokens = sum(len(row.ids) for row in rows)
+        kept = memory_for_backward(policy, rows)
+        logits = 4 * tokens * policy.model.config.vocab_size / 1e9
+        per_token = f"{1e6 * kept / tokens:.1f} kB a token"
+        print(f"  {tokens:7,} tokens: {kept:.3f} GB, {per_token}   {logits:.3f} GB")
+
+
+def memory_for_backward(policy, rows):
+    """GB of the tensors kept for the backward pass, weights excluded."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    kept = {}
+
+    def note(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logp, _, mask = empo2.score(policy, rows)
-        loss, _ = empo2.hybrid_loss(
-            logp, logp.detach(), torch.ones_like(logp), mask
-        )  # alive while we count
+    batch = collate(rows, policy.device)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logp, _ = score_tokens(policy, batch, SETTINGS)
+        # The graph lives, so that no two tensors are at the same address, until all are counted.
+        loss, _ = hybrid_loss(logp, logp.detach(), torch.ones_like(logp), batch.mask, SETTINGS)
     return sum(kept.values()) / 1e9
 
 
-def line(name, plain, ours, note):
-    print(f"{name:38}{plain:10.2f} s{ours:10.2f} s{plain / ours:9.1f}x   {note}", flush=True)
-
-
-def bench_model(args, policy):
-    rng = np.random.default_rng(0)
-
-    def text(n):
-        return rng.integers(10, 1500, n).tolist()
-
-    def message(n):
-        return policy.message("user", "")[:-2] + text(n) + policy.message("user", "")[-2:]
-
-    print(f"\n{'':38}{'plain':>12}{'ours':>12}{'ratio':>10}")
-    prompts = [text(args.prompt) for _ in range(args.rows)]
-    observations = [
-        [
-            message(int(n))
-            for n in rng.integers(args.observation // 4, 2 * args.observation, args.rows)
-        ]
-        for _ in range(args.turns)
-    ]
-    episodes = play(policy, prompts, observations, args.action)
-    tokens = sum(len(e.dialogue(args.turns - 1)) for e in episodes)
-    worst = replay_plainly(policy, episodes)
-    assert policy.device.type == "cuda" or worst < 1e-5, f"log-probs differ by {worst}"
-    plain, ours = timed(
-        policy.device,
-        lambda: replay_plainly(policy, episodes),
-        lambda: play(policy, prompts, observations, args.action),
-        repeats=args.repeats,
-    )
-    reread = sum(len(e.dialogue(t)) for e in episodes for t in range(args.turns))
-    line(
-        f"rollout, {args.rows} rows x {args.turns} turns",
-        plain,
-        ours,
-        f"log-probs equal to {worst:.0e}; tokens read {reread:,} -> {tokens:,}",
-    )
-    policy.forget()
-
-    s = empo2.Settings(micro_tokens=args.micro_tokens, min_prob=0.0)
-    for turns, tips in ((args.turns, False), (2 * args.turns, False), (args.turns, True)):
-        batch = [copy.copy(e) for e in episodes[: args.update_rows]]
-        for e in batch:
-            e.turns = [copy.copy(turn) for turn in (e.turns * 2)[:turns]]
-            for t, turn in enumerate(e.turns):
-                if (
-                    tips and t % 4 == 3
-                ):  # a quarter of the turns had tips, two thirds of those are off-policy
-                    turn.tips, turn.offpolicy = message(4 * args.observation), t // 4 % 3 > 0
-        advantages = [(-1.0) ** i for i in range(len(batch))]
-
-        def ours_step():
-            rows = [empo2.training_row(e, a, s) for e, a in zip(batch, advantages)]
-            total, computed = sum(sum(r.mask) for r in rows), 0
-            for micro in empo2.micro_batches(rows, s.micro_tokens):
-                logp, _, mask = empo2.score(policy, micro)
-                old = torch.where(
-                    empo2.stack(micro, "recompute", False, policy.device),
-                    logp.detach(),
-                    empo2.stack(micro, "old_logp", 0.0, policy.device),
-                )
-                advantage = torch.tensor([[r.advantage] for r in micro], device=policy.device)
-                empo2.hybrid_loss(logp, old, advantage, mask, min_prob=0.0, denominator=total)[
-                    0
-                ].backward()
-                computed += mask.numel()
-            return computed
-
-        def plain_step():
-            return plain_update(policy, batch, advantages, s)
-
-        (g_plain, n_plain), (g_ours, n_ours) = (
-            gradient(policy, plain_step),
-            gradient(policy, ours_step),
-        )
-        error = ((g_plain - g_ours).norm() / g_plain.norm()).item()
-        assert policy.device.type == "cuda" or error < 1e-5, f"gradients differ by {error}"
-        plain, ours = timed(
-            policy.device,
-            lambda: gradient(policy, plain_step),
-            lambda: gradient(policy, ours_step),
-            repeats=args.repeats,
-        )
-        line(
-            f"update, {turns} turns" + (", p = 0.25, q = 2/3" if tips else ""),
-            plain,
-            ours,
-            f"gradients equal to {error:.0e}; tokens {n_plain:,} -> {n_ours:,}",
-        )
-        if policy.device.type == "cuda":
-            floors(policy, n_ours, ours)
-
-    print(
-        "\nkept for the backward pass, by tokens of the micro-batch; logits of the whole dialogues would be"
-    )
-    for count in (1, 2, 4):
-        rows = [empo2.training_row(e, 1.0, s) for e in (episodes * count)[:count]]
-        tokens = sum(len(r.ids) for r in rows)
-        kept = memory_for_backward(policy, rows, s)
-        logits = 4 * tokens * policy.model.config.vocab_size / 1e9
-        print(
-            f"  {tokens:7,} tokens: {kept:.3f} GB, {1e6 * kept / tokens:.1f} kB a token   {logits:.3f} GB"
-        )
-
-
-def floors(policy, tokens, seconds):
-    """Distance of an update to the time that its matrix products take at the peak rate measured now."""
+def show_floor(policy, tokens, seconds):
+    """Distance of an update to what its matrix products take at the peak rate measured now."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    (matmul,) = timed(policy.device, lambda: [a @ a for _ in range(20)], repeats=3)
+    (matmul,) = timed(lambda: [a @ a for _ in range(20)])
     peak = 20 * 2 * 8192**3 / matmul
-    config = policy.model.config
-    linear = config.num_hidden_layers * (
-        2 * config.hidden_size**2
-        + 3 * config.hidden_size * config.intermediate_size
-        + 2
-        * config.hidden_size
-        * config.hidden_size
-        // config.num_attention_heads
-        * config.num_key_value_heads
-    )
-    floor = (
-        3 * 2 * linear * tokens / peak
-    )  # forward, its recomputation, and the gradient of activations
-    print(
-        f"{'':38}floor {floor:.2f} s at {peak / 1e12:.0f} TFLOP/s measured: {seconds / floor:.1f}x above it"
-    )
+    layers = policy.model.get_base_model().model.layers
+    linear = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(module.in_features * module.out_features for module in linear)
+    # Forward, its recomputation, and the gradient of activations.
+    floor = 3 * 2 * weights * tokens / peak
+    rate = f"{peak / 1e12:.0f} TFLOP/s measured"
+    print(f"{'':38}floor {floor:.2f} s at {rate}: {seconds / floor:.1f}x above it")
 
 
-def bench_env(count, steps):
+# --- ScienceWorld ---------------------------------------------------------------------------------
+def bench_env(simulators, steps=60):
     """Steps per second over ordinary actions: the package's wrapper against ours."""
-    from scienceworld import ScienceWorldEnv
-
-    actions = [
-        "look around",
-        "teleport to kitchen",
-        "look around",
-        "open cupboard",
-        "pick up thermometer",
-        "inventory",
-    ]
-    os.environ["PATH"] = os.pathsep.join(
-        [os.path.dirname(envs.find_java()), os.environ["PATH"]]
-    )  # all it looks at
+    java = os.path.dirname(find_java())  # the wrapper looks at PATH alone
+    os.environ["PATH"] = os.pathsep.join([java, os.environ["PATH"]])
     stock = ScienceWorldEnv("power-component")
     stock.load("power-component", 0, "easy")
     stock.reset()
-    ours = [envs.make("scienceworld", step_limit=10**6) for _ in range(count)]
+    ours = [ScienceWorld(step_limit=10**6) for _ in range(simulators)]
     for env in ours:
         env.reset("power-component", 0)
+    rounds = steps * 4 // simulators
 
     def run_stock():
         for i in range(steps):
-            stock.step(actions[i % len(actions)])
+            stock.step(WALK[i % len(WALK)])
 
     def run_ours():
-        for i in range(steps * 4 // count):
+        for i in range(rounds):
             for env in ours:
-                env.step(actions[i % len(actions)])
+                env.step(WALK[i % len(WALK)])
 
-    run_stock(), run_ours()  # the JVMs warm up
-    t_stock, t_ours = timed(torch.device("cpu"), run_stock, run_ours, repeats=3)
-    per_second = steps / t_stock, steps * 4 // count * count / t_ours
-    resident = psutil.Process(envs.Jvm.shared.process.pid).memory_info().rss / 1e9
+    run_stock()  # the JVMs warm up
+    run_ours()
+    stock_time, our_time = timed(run_stock, run_ours)
+    stock_rate = steps / stock_time
+    our_rate = rounds * simulators / our_time
+    resident = psutil.Process(Jvm.shared.process.pid).memory_info().rss / 1e9
     print(
-        f"\n{'ScienceWorld, steps per second':38}{per_second[0]:12.0f}{per_second[1]:12.0f}"
-        f"{per_second[1] / per_second[0]:9.1f}x   {count} simulators in one JVM of {resident:.2f} GB resident"
+        f"\n{'ScienceWorld, steps per second':38}{stock_rate:12.0f}{our_rate:12.0f}"
+        f"{our_rate / stock_rate:9.1f}x   "
+        f"{simulators} simulators in one JVM of {resident:.2f} GB resident"
     )
     stock.close()
 
 
-def random_policy(args):
-    """A random Qwen2 (7B-shaped on a GPU) with the stand-in's tokenizer, through the ordinary loading code."""
-    cuda = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "standin")
-    shape = (
-        dict(
+# --- Command line ---------------------------------------------------------------------------------
+def random_policy(load_in_4bit):
+    """A random Qwen2 with the stand-in's tokenizer, through the ordinary loading code."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "standin" / "scienceworld")
+    config = Qwen2Config(
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+    )
+    device, dtype = "cpu", torch.float32
+    if torch.cuda.is_available():
+        device, dtype = "cuda", torch.bfloat16
+        config = Qwen2Config(  # 7B
             hidden_size=3584,
             intermediate_size=18944,
             num_hidden_layers=28,
@@ -388,66 +370,47 @@ def random_policy(args):
             num_key_value_heads=4,
             vocab_size=152064,
         )
-        if cuda
-        else dict(
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            vocab_size=len(tokenizer),
-        )
-    )
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder, torch.device("cuda" if cuda else "cpu"):
-        model = Qwen2ForCausalLM._from_config(
-            Qwen2Config(max_position_embeddings=32768, **shape),
-            dtype=torch.bfloat16 if cuda else torch.float32,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device(device):
+            model = Qwen2ForCausalLM._from_config(config, dtype=dtype)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         del model
-        policy = Policy.load(folder, load_in_4bit=args.load_in_4bit)
-    with torch.no_grad():
-        for p in (
-            policy.trainable()
-        ):  # a fresh adapter is the identity, and half of its gradient is zero
-            p += 0.01 * torch.randn_like(p)
+        policy = Policy.load(folder, load_in_4bit=load_in_4bit)
+    with torch.no_grad():  # a fresh adapter is the identity, and half of its gradient is zero
+        for parameter in policy.trainable():
+            parameter += 0.01 * torch.randn_like(parameter)
     return policy
 
 
 def main():
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["model", "env"], help="leave the other part out")
-    parser.add_argument("--rows", type=int, default=4, help="dialogues side by side (default 4)")
-    parser.add_argument("--turns", type=int, default=30)
-    parser.add_argument(
-        "--update-rows", type=int, default=2, help="episodes of an update step (default 2)"
-    )
-    parser.add_argument(
-        "--prompt", type=int, default=200, help="tokens of the system message (default 200)"
-    )
-    parser.add_argument(
-        "--observation", type=int, default=40, help="mean tokens of an observation (default 40)"
-    )
-    parser.add_argument("--action", type=int, default=8, help="tokens of an action")
-    parser.add_argument("--micro-tokens", type=int, default=16384)
-    parser.add_argument("--simulators", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--load-in-4bit", action="store_true")
+    add = parser.add_argument
+    add("--only", choices=["model", "env"], help="leave the other part out")
+    add("--dialogues", type=int, default=4, help="side by side (default 4)")
+    add("--turns", type=int, default=30, help="of an episode (default 30)")
+    add("--simulators", type=int, default=16, help="in one JVM (default 16)")
+    add("--load-in-4bit", action="store_true")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    print(
-        f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, "
-        f"{torch.get_num_threads()} threads; {args}"
-    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; {args}")
     if args.only != "env":
-        bench_model(args, random_policy(args))
+        policy = random_policy(args.load_in_4bit)
+        rng = np.random.default_rng(0)
+        print(f"\n{'':38}{'plain':>12}{'ours':>12}{'ratio':>10}")
+        episodes = bench_rollout(policy, rng, args.dialogues, args.turns)
+        bench_update(policy, rng, episodes, args.turns, with_tips=False)
+        bench_update(policy, rng, episodes, 2 * args.turns, with_tips=False)
+        bench_update(policy, rng, episodes, args.turns, with_tips=True)
+        bench_memory(policy, episodes)
     if args.only != "model":
-        bench_env(args.simulators, 60)
+        bench_env(args.simulators)
 
 
 if __name__ == "__main__":
