@@ -3,8 +3,8 @@
   python -m experiments.speed
 
 One process, one set of random weights. Each arm is timed only after its log-probs or gradients have
-been compared with the plain version kept in this file: the difference is printed, and on a CPU, in
-fp32, it must be below 1e-5. Times are medians of interleaved repeats; look at the ratios.
+been compared with the plain version's: the difference is printed, and on a CPU, in fp32, it must be
+below 1e-5. Times are medians of interleaved repeats; look at the ratios.
 
   rollout   plain: `generate` reads the whole dialogue again at every turn
             ours:  keys and values are kept from turn to turn
@@ -29,12 +29,7 @@ import psutil
 import torch
 from scienceworld import ScienceWorldEnv
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import rollout
@@ -55,7 +50,7 @@ WALK = ("look around", "teleport to kitchen", "look around", "open cupboard",
         "pick up thermometer", "inventory")  # fmt: skip
 
 
-# --- The plain versions ---------------------------------------------------------------------------
+# --- Rollout --------------------------------------------------------------------------------------
 @torch.no_grad()
 def plain_sample(policy, prompts, actions):
     """`generate` from nothing, padded on the left -> the log-probs of the given actions."""
@@ -69,65 +64,20 @@ def plain_sample(policy, prompts, actions):
         action = actions[b]
         return [action[min(len(ids) - width, len(action) - 1)]]
 
-    config = GenerationConfig(
-        max_new_tokens=longest,
-        min_new_tokens=longest,
-        do_sample=False,
-        pad_token_id=policy.end_id,
-        return_dict_in_generate=True,
-        output_logits=True,  # raw, as if nothing was forced
-    )
     with policy.autocast():
         out = policy.model.generate(
             input_ids=ids.to(policy.device),
             attention_mask=seen.to(policy.device),
             prefix_allowed_tokens_fn=forced,
-            generation_config=config,
+            max_new_tokens=longest,
+            min_new_tokens=longest,
+            do_sample=False,
+            pad_token_id=policy.end_id,
+            return_dict_in_generate=True,
+            output_logits=True,  # raw, as if nothing was forced
         )
     logps = torch.stack(out.logits, 1).float().log_softmax(-1)  # [B, longest, vocab]
     return [logps[b, range(len(action)), action].tolist() for b, action in enumerate(actions)]
-
-
-def plain_step(policy, pairs, s):
-    """The gradient of an optimiser step, a row for each pair -> padded tokens computed."""
-    num_tokens = sum(len(pair.action) for pair in pairs)
-    batches = [[]]
-    for pair in sorted(pairs, key=lambda pair: len(pair.prompt + pair.action)):
-        length = len(pair.prompt + pair.action)
-        if batches[-1] and (len(batches[-1]) + 1) * length > s.micro_tokens:
-            batches.append([])
-        batches[-1].append(pair)
-    computed = 0
-    for batch in batches:
-
-        def stack(values):
-            tensors = [torch.tensor(value) for value in values]
-            return pad_sequence(tensors, batch_first=True).to(policy.device)
-
-        ids = stack(pair.prompt + pair.action for pair in batch)
-        mask = stack([False] * len(pair.prompt) + [True] * len(pair.action) for pair in batch)
-        old_logps = stack([0.0] * len(pair.prompt) + pair.old_logps for pair in batch)
-        advantages = stack([pair.advantage] for pair in batch)
-        logp, _ = policy.logprobs(ids, mask, s.temperature)
-        loss, _ = hybrid_loss(logp, old_logps, advantages, mask, s, num_tokens=num_tokens)
-        loss.backward()
-        computed += ids.numel()
-    return computed
-
-
-# --- Ours, and the comparison ---------------------------------------------------------------------
-def packed_step(policy, episodes, s):
-    """The gradient of an optimiser step, a row for each episode -> padded tokens computed.
-
-    episodes: a list of pairs for each.
-    """
-    rows = [pack(pairs) for pairs in episodes]
-    num_tokens = sum(len(pair.action) for pairs in episodes for pair in pairs)
-    computed = 0
-    for batch in micro_batches(rows, s.micro_tokens):
-        accumulate_gradient(policy, batch, s, num_tokens)
-        computed += len(batch) * max(len(row.ids) for row in batch)
-    return computed
 
 
 def play(policy, prompts, observations, action_tokens):
@@ -162,21 +112,6 @@ def replay_plainly(policy, episodes):
     return worst
 
 
-def learnt_pairs(episode):
-    """The training pairs; their old log-probs are the sampler's, whatever the prompt."""
-    pairs = list(training_pairs(episode, SETTINGS))
-    for pair, turn in zip(pairs, episode.turns, strict=True):
-        pair.old_logps = turn.logps
-    return pairs
-
-
-def gradient(policy, step):
-    """Gradient of the adapter [n] after `step`, and what that returns."""
-    policy.model.zero_grad()
-    result = step()
-    return torch.cat([p.grad.flatten() for p in policy.trainable()]), result
-
-
 def check_equal(policy, what, difference):
     """An arm that computes something else is not timed."""
     if policy.device.type == "cpu" and difference >= 1e-5:
@@ -201,7 +136,6 @@ def show(name, plain, ours, note):
     print(f"{name:38}{plain:10.2f} s{ours:10.2f} s{plain / ours:9.1f}x   {note}", flush=True)
 
 
-# --- Rollout, update, memory ----------------------------------------------------------------------
 def text(rng, n):
     """Random ids."""
     return rng.integers(10, 1500, n).tolist()
@@ -235,6 +169,26 @@ def bench_rollout(policy, rng, dialogues, turns):
     return episodes
 
 
+# --- Update ---------------------------------------------------------------------------------------
+def learnt_pairs(episode):
+    """The training pairs; their old log-probs are the sampler's, whatever the prompt."""
+    pairs = list(training_pairs(episode, SETTINGS))
+    for pair, turn in zip(pairs, episode.turns, strict=True):
+        pair.old_logps = turn.logps
+    return pairs
+
+
+def gradient(policy, packs, s):
+    """Of an optimiser step, a row for each list of pairs -> [n], and padded tokens computed."""
+    policy.model.zero_grad()
+    num_tokens = sum(len(pair.action) for pairs in packs for pair in pairs)
+    computed = 0
+    for rows in micro_batches([pack(pairs) for pairs in packs], s.micro_tokens):
+        accumulate_gradient(policy, rows, s, num_tokens)
+        computed += len(rows) * max(len(row.ids) for row in rows)
+    return torch.cat([p.grad.flatten() for p in policy.trainable()]), computed
+
+
 def bench_update(policy, rng, episodes, turns, with_tips):
     """A step on so many turns; with tips: on a quarter of them, two thirds of those off-policy."""
     packed = []
@@ -246,19 +200,14 @@ def bench_update(policy, rng, episodes, turns, with_tips):
                 turn.tip_ids = message(policy, rng, 4 * OBSERVATION)
                 turn.offpolicy = t // 4 % 3 > 0
         packed.append(learnt_pairs(dataclasses.replace(episode, turns=own)))
-    pairs = [pair for own in packed for pair in own]
-
-    def plain_arm():
-        return gradient(policy, lambda: plain_step(policy, pairs, SETTINGS))
-
-    def our_arm():
-        return gradient(policy, lambda: packed_step(policy, packed, SETTINGS))
-
-    plain_gradient, plain_tokens = plain_arm()
-    our_gradient, our_tokens = our_arm()
+    alone = [[pair] for pairs in packed for pair in pairs]
+    plain_gradient, plain_tokens = gradient(policy, alone, SETTINGS)
+    our_gradient, our_tokens = gradient(policy, packed, SETTINGS)
     difference = ((plain_gradient - our_gradient).norm() / plain_gradient.norm()).item()
     check_equal(policy, "gradients", difference)
-    plain, ours = timed(plain_arm, our_arm)
+    plain, ours = timed(
+        lambda: gradient(policy, alone, SETTINGS), lambda: gradient(policy, packed, SETTINGS)
+    )
     note = f"gradients equal to {difference:.0e}; tokens {plain_tokens:,} -> {our_tokens:,}"
     mixture = ", p = 0.25, q = 2/3" if with_tips else ""
     show(f"update, {turns} turns{mixture}", plain, ours, note)
@@ -359,9 +308,11 @@ def random_policy(load_in_4bit):
         num_key_value_heads=2,
         vocab_size=len(tokenizer),
     )
-    device, dtype = "cpu", torch.float32
+    device = "cpu"
+    dtype = torch.float32
     if torch.cuda.is_available():
-        device, dtype = "cuda", torch.bfloat16
+        device = "cuda"
+        dtype = torch.bfloat16
         config = Qwen2Config(  # 7B
             hidden_size=3584,
             intermediate_size=18944,
