@@ -44,6 +44,7 @@ PROMPT = 200  # tokens of the system message
 OBSERVATION = 40  # mean tokens of an observation
 ACTION = 8  # most tokens of an action
 UPDATE_EPISODES = 2  # of an optimiser step
+SIMULATORS = 16
 REPEATS = 3
 SETTINGS = Settings(micro_tokens=16384, min_prob=0.0)
 WALK = ("look around", "teleport to kitchen", "look around", "open cupboard",
@@ -261,17 +262,17 @@ def show_floor(policy, tokens, seconds):
 
 
 # --- ScienceWorld ---------------------------------------------------------------------------------
-def bench_env(simulators, steps=60):
+def bench_env(steps=60):
     """Steps per second over ordinary actions: the package's wrapper against ours."""
     java = os.path.dirname(find_java())  # the wrapper looks at PATH alone
     os.environ["PATH"] = os.pathsep.join([java, os.environ["PATH"]])
     stock = ScienceWorldEnv("power-component")
     stock.load("power-component", 0, "easy")
     stock.reset()
-    ours = [ScienceWorld(step_limit=10**6) for _ in range(simulators)]
+    ours = [ScienceWorld(step_limit=10**6) for _ in range(SIMULATORS)]
     for env in ours:
         env.reset("power-component", 0)
-    rounds = steps * 4 // simulators
+    rounds = steps * 4 // SIMULATORS
 
     def run_stock():
         for i in range(steps):
@@ -286,12 +287,12 @@ def bench_env(simulators, steps=60):
     run_ours()
     stock_time, our_time = timed(run_stock, run_ours)
     stock_rate = steps / stock_time
-    our_rate = rounds * simulators / our_time
+    our_rate = rounds * SIMULATORS / our_time
     resident = psutil.Process(Jvm.shared.process.pid).memory_info().rss / 1e9
     print(
         f"\n{'ScienceWorld, steps per second':38}{stock_rate:12.0f}{our_rate:12.0f}"
         f"{our_rate / stock_rate:9.1f}x   "
-        f"{simulators} simulators in one JVM of {resident:.2f} GB resident"
+        f"{SIMULATORS} simulators in one JVM of {resident:.2f} GB resident"
     )
     stock.close()
 
@@ -344,7 +345,6 @@ def main():
     add("--only", choices=["model", "env"], help="leave the other part out")
     add("--dialogues", type=int, default=4, help="side by side (default 4)")
     add("--turns", type=int, default=30, help="of an episode (default 30)")
-    add("--simulators", type=int, default=16, help="in one JVM (default 16)")
     add("--load-in-4bit", action="store_true")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -361,7 +361,7 @@ def main():
         bench_update(policy, rng, episodes, args.turns, with_tips=True)
         bench_memory(policy, episodes)
     if args.only != "model":
-        bench_env(args.simulators)
+        bench_env()
 
 
 if __name__ == "__main__":

@@ -180,15 +180,15 @@ def learn(policy, env, minutes, rng):
             rows.append(pack(list(training_pairs(play(policy, env, rng), SETTINGS))))
         spans = [span for row in rows for span in row.spans]
         total = sum(pair.advantage * len(pair.action) for _, pair in spans)
-        shown = 0.0
+        loss_sum = 0.0
         for part in micro_batches(rows, 2048):
             batch = collate(part)
             with tiny.autocast():
                 logp, _ = score_tokens(policy, batch, SETTINGS, reference=True)  # no adapter
             loss = -(logp * batch.advantages).sum() / total
             loss.backward()
-            shown += loss.item()
-        return shown
+            loss_sum += loss.item()
+        return loss_sum
 
     tiny.learn(optimizers, minutes, last_rate=0.01, backward=backward)
 

@@ -354,7 +354,7 @@ def learn(model, policy, transcripts, minutes, rng):
         while sum(len(ids) for ids, _ in batch) < 2500:
             batch.append(sequence(step))
         total = sum(sum(weights) for _, weights in batch)
-        shown = 0.0
+        loss_sum = 0.0
         for ids, weights in batch:
             ids = torch.tensor(ids)
             weights = torch.tensor(weights)[1:]  # [L - 1], of the targets
@@ -365,8 +365,8 @@ def learn(model, policy, transcripts, minutes, rng):
             losses = F.cross_entropy(logits, ids[1:][where], reduction="none")  # [n]
             loss = losses @ weights[where] / total
             loss.backward()
-            shown += loss.item()
-        return shown
+            loss_sum += loss.item()
+        return loss_sum
 
     tiny.learn(optimizers, minutes, last_rate=0.02, backward=backward)
 
