@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Shared by the tests: a small Qwen2 checkpoint on disk with its own tokenizer. No network."""
 
 import os

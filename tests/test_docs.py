@@ -14,7 +14,7 @@ import runs
 import train
 from experiments import sweep
 
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md")]
 DOCUMENTS += [*ROOT.glob("standin/*.md")]
 SOURCES = [
     path
@@ -29,7 +29,7 @@ def commands():
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         spans = re.findall(r"`(python [^`\n]+)`", text)
         spans += re.findall(r"^ *(python (?:-m )?[\w./]+(?: [^\n#]*)?)$", text, re.MULTILINE)
-        for command in sorted({span.partition("  #")[0].strip() for span in spans}):
+        for command in sorted({span.partition("  ")[0] for span in spans}):
             yield path.relative_to(ROOT).as_posix(), command
 
 
@@ -54,6 +54,7 @@ def understand(command, monkeypatch):
     elif name == "experiments.sweep":
         args, settings = sweep.parse(argv)
         if not args.report:
+            args.tasks = args.tasks or train.parse(settings)[0].tasks
             sweep.common_settings(args, settings)
     else:
         parse = argparse.ArgumentParser.parse_args

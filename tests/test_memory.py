@@ -59,6 +59,7 @@ def test_novelty_is_one_over_the_visits_to_similar_states_of_the_slot():
     novelty.add(visits, "s")
     assert novelty.rewards([X, Y, X], "s") == [1 / 4, 1 / 3, 1 / 5]  # to the most similar one
     assert novelty.rewards([X], "t") == [1] and len(novelty) == 2
+    assert NoveltyStore(0.6).rewards([X, np.array([0.6, 0.8])], "s") == [1, 1 / 2]
     novelty.add([np.zeros(2)] * 2, "s")  # texts without words are like nothing but each other
     assert novelty.rewards([np.zeros(2), X], "s") == [1 / 3, 1 / 4]
 
@@ -80,7 +81,7 @@ def test_saved_and_loaded_unchanged_and_damage_is_named(kind, tmp_path):
     again.load(path)
     assert list(again.slots) == ["s", "t"] and len(again) == len(store) == 5
     for slot, held in again.slots.items():
-        assert str(held) == str(store.slots[slot])
+        assert str(held) == str(store.slots[slot]) and held.keys.dtype == np.float32
     whole = path.read_bytes()
     for damaged in (whole[:-30], whole[: len(whole) // 2], b"", b"not a zip"):
         path.write_bytes(damaged)

@@ -130,8 +130,8 @@ def test_simplifications_that_the_simulator_refuses():
     playing(simplification="openContainers,openDoors")
 
 
-# The simulator draws at random in these tasks, so two runs of the stock wrapper differ, too: whether
-# a lamp lights one turn earlier, when the bees come. Tolerance in points.
+# The simulator draws at random in these tasks, so two runs of the stock wrapper differ, too:
+# whether a lamp lights one turn earlier, when the bees come. Tolerance in points.
 NOISE = {
     "power-component": 0,
     "power-component-renewable-vs-nonrenewable-energy": 0,
@@ -217,7 +217,7 @@ def test_killed_jvm_is_a_fault_for_each_and_each_recovers():
 
 
 def test_hung_jvm_costs_one_timeout(monkeypatch, caplog):
-    """However many simulators it has, living or dropped; no stack trace; then there is a new one."""
+    """However many simulators it has, living or dropped; no stack trace; then there is a new."""
     if Jvm.shared:
         Jvm.shared.kill()
     monkeypatch.setattr(Jvm, "TIMEOUT", 5.0)
