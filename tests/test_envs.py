@@ -187,3 +187,11 @@ def test_the_command_line_teaches():
         wrong = by_hand(*arguments)
         assert (wrong.returncode, wrong.stdout) == (2, "")
         assert len(wrong.stderr.splitlines()) == 1
+
+
+def test_half_a_surrogate_pair_reaches_nobody(monkeypatch):
+    env = make("house")
+    monkeypatch.setattr(env, "start", lambda task, variation: ("seen \ud800", "text", "prompt"))
+    monkeypatch.setattr(env, "act", lambda action: ("seen \udfff", 0, False, action))
+    assert env.reset("radio", 0)[0] == "seen ?"
+    assert env.step("look \ud800")[0] == "seen ?"

@@ -112,3 +112,12 @@ def test_a_sentence_encoder_is_mean_pooled_and_a_missing_one_is_one_line(tmp_pat
     assert padded[0] == pytest.approx(alone, abs=1e-5) and encode([]).shape == (0, 64)
     with pytest.raises(ValueError, match="--embedder .*could not be loaded"):
         embedder(str(tmp_path / "nothing"))
+
+
+def test_a_full_novelty_store_forgets_the_state_that_was_met_least():
+    novelty = NoveltyStore(capacity=2)
+    x, y, z = np.eye(3)
+    novelty.add([x, x, y, z], "task")
+    assert len(novelty) == 2
+    assert novelty.rewards([x], "task") == [1 / 3] and novelty.rewards([z], "task") == [1 / 2]
+    assert novelty.rewards([y], "task") == [1], "the oldest of those met once made room"

@@ -267,3 +267,15 @@ def test_the_number_of_environments_changes_no_action_of_a_model():
                 actions.append([(turn.tips, turn.action_ids) for turn in e.turns] + [e.tip])
         played.append(actions)
     assert played[0] == played[1] == played[2]
+
+
+def test_a_tip_request_respects_the_context():
+    """A last observation that is too long is cut, with a mark; all the rest is there."""
+    for length, cut in ((10, False), (100_000, True)):
+        turn = Turn("start", [1], action_ids=[2], next_observation="x" * length)
+        episode = Episode(Job("task", 0, 0, 0), None, 0, "text", [3], [4], [turn], score=50)
+        prompt = rollout.tip_prompt(ToyPolicy(), episode, context=1000)
+        shown = ToyPolicy().decode(prompt)
+        assert len(prompt) <= 1000 + len(ToyPolicy.header)
+        assert "is 50 of 100" in shown and shown.endswith(">A")
+        assert (rollout.CUT in shown) == cut and ("x" * 10 in shown)

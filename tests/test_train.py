@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -179,7 +178,7 @@ def test_a_typo_is_refused_before_torch_is_loaded():
 
 
 def test_the_first_minutes(tmp_path):
-    """Without a terminal a line per iteration; at the end three lines: before -> after, view, go on."""
+    """A line per iteration where there is no terminal; at the end before -> after, view, go on."""
     run_dir = tmp_path / "run"
     command = [sys.executable, ROOT / "train.py", *SMALL[:-2], "--run-dir", run_dir]
     command += ["--iterations", "2"]
