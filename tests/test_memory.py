@@ -112,3 +112,13 @@ def test_a_sentence_encoder_is_mean_pooled_and_a_missing_one_is_one_line(tmp_pat
     assert padded[0] == pytest.approx(alone, abs=1e-5) and encode([]).shape == (0, 64)
     with pytest.raises(ValueError, match="--embedder .*could not be loaded"):
         embedder(str(tmp_path / "nothing"))
+
+
+def test_at_a_threshold_of_1_a_text_is_still_like_itself():
+    texts = [f"the {word} is in the box {n}" for n in range(20) for word in ("radio", "fan")]
+    tips, novelty = TipMemory(threshold=1.0, max_tips=1), NoveltyStore(1.0)
+    for key, text in zip(embedder()(texts), texts, strict=True):
+        tips.add(key, text, 0, "task")
+        novelty.add([key], "task")
+        assert tips.retrieve(key, "task") == [text]
+        assert novelty.rewards([key], "task") == [0.5]
