@@ -12,6 +12,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+ROUNDING = 1e-6  # a float32 unit vector times itself may be 0.9999999
+
 
 @dataclass
 class TipSlot:
@@ -70,7 +72,7 @@ class TipMemory:
         value = np.array(held.scores) if self.rank == "score" else similarity
         age = -np.arange(len(value))  # the newest is 1 - n
         best_first = np.lexsort((age, -value))
-        similar = [i for i in best_first if similarity[i] >= self.threshold]
+        similar = [i for i in best_first if similarity[i] >= self.threshold - ROUNDING]
         return [held.texts[i] for i in similar[: self.max_tips]]
 
     def save(self, path):
@@ -103,7 +105,7 @@ class StateSlot:
         similarity = keys @ key  # [m]
         if not key.any():  # a text without words is like nothing but another such text
             similarity = 1.0 - keys.any(axis=1)
-        if len(similarity) and similarity.max() >= threshold:
+        if len(similarity) and similarity.max() >= threshold - ROUNDING:
             index = int(similarity.argmax())
         elif len(self.counts) < capacity:
             index = len(self.counts)

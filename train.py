@@ -243,7 +243,7 @@ def summarise(s, run_dir):
 
 # --- Command line ---------------------------------------------------------------------------------
 def parse(argv):
-    """(settings, lines of what was decided), as `settings.parse`, with what the hardware decides."""
+    """(settings, what was decided), as `settings.parse`, with what the hardware decides."""
     s, notes = settings.parse(argv, __doc__)
     s, reasons = runs.hardware_defaults(s)
     if reasons:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # numbers are compared in fp32, on the CPU
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
