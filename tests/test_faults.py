@@ -40,7 +40,7 @@ from worlds.scienceworld import Jvm, Simulator
 SCIENCEWORLD = """
     --env scienceworld --tasks power-component --step-limit 3 --variations 2 --lora-r 2
     --group-size 2 --tasks-per-iteration 1 --action-tokens 8 --tip-tokens 16 --memory-prob 0.6
-    --tip-threshold 0 --model standin
+    --tip-threshold 0 --model standin --eval-every 0
 """.split()
 # Java's order of listed things then does not depend on what the JVM did before; slower.
 STABLE_JAVA = "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2"
