@@ -165,6 +165,18 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, capsys):
     assert runs.checkpoints(run_dir) == [0]
 
 
+def test_two_starts_at_the_same_moment(tmp_path):
+    """One of them plays, the other is told; the logs are of one run."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", *SMALL, "--run-dir", run_dir]
+    command += ["--iterations", "2"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    assert sum("another process" in text or "exists; --resume" in text for text in said) == 1
+    assert [m["iteration"] for m in runs.records(run_dir / "metrics.jsonl")] == [0, 1]
+
+
 def test_a_run_that_failed_or_ended_goes_on_as_if_it_had_not(finished, tmp_path, monkeypatch):
     """A failure in iteration 2 with no checkpoint but the first: the logs are cut back to it."""
     run_dir = tmp_path / "run"
