@@ -15,6 +15,8 @@ other reading.
     authors); the ratio then starts near 0 on exactly those tokens that the tip decided.
  3. The low-probability mask is per token, under π_θ, in every mode (authors: off by default; by
     old log-probs it drops whole turns). Eq. 2 masks the policy term; the KL term is not masked.
+    The k3 estimate of KL is one on tokens that π_θ could have drawn, hence not on off-policy ones,
+    where a single token can outweigh the rest; β is 0 by default.
  4. The intrinsic reward is 1/n over a store of distinct states, in every rollout, and part of the
     return (authors: 1/(retrieved tips + 1), in memory rollouts only, and it never reaches the
     advantage). States are compared by observation, within their memory slot: the task text is

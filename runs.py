@@ -181,14 +181,17 @@ def locked(run_dir):
     run_dir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run_dir, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"{run_dir}: another process is at work here") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run_dir}: another process is at work here") from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                run_dir.rmdir()
     finally:
         os.close(descriptor)
-        with suppress(OSError):
-            run_dir.rmdir()
 
 
 def checkpoints(run_dir):
