@@ -272,6 +272,22 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, monkeypatch):
     assert runs.checkpoints(tmp_path / "r") == [3, 5]
 
 
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(copy, monkeypatch):
+    events = []
+    for module, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree")):
+        real = getattr(module, name)
+
+        def noted(*args, real=real, name=name, **kwargs):
+            if name == "fsync" or str(args[0]).startswith(str(copy / "checkpoint")):
+                events.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+    assert train.main(["--resume", "--run-dir", str(copy), "--iterations", "5"]) == 0
+    kinds = [name for i, name in enumerate(events) if i == 0 or events[i - 1] != name]
+    assert kinds[-4:] == ["fsync", "rename", "fsync", "rmtree"]
+
+
 # --- Simulators -----------------------------------------------------------------------------------
 def test_training_goes_on_through_every_fault_of_the_simulator(tmp_path, monkeypatch):
     """In mid-episode the JVM is killed in iteration 0 and hangs in 1; in 2 the simulator raises."""
