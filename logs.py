@@ -93,7 +93,7 @@ class Clock:
             self.seconds[self.phase] = self.seconds.get(self.phase, 0) + now - self.since
         self.phase = phase
         self.since = now
-        self.bar.set_description(f"EMPO² {phase} {text}".strip())
+        self.bar.set_description(f"{phase} {text}".strip())
 
     def metrics(self):
         """Seconds by phase, and the peak of memory."""

@@ -26,7 +26,6 @@ if __name__ == "__main__":  # a typo is said before what takes seconds to load
     settings.refuse(sys.argv[1:], __doc__)
 
 import dataclasses
-import shutil
 import signal
 import time
 import traceback
@@ -72,14 +71,13 @@ def train(s, run_dir, start=None):
     runs.open_logs(run_dir, start)
     runs.write_json(run_dir / "settings.json", dataclasses.asdict(s))
     interrupted = finish_on_interrupt()
-    shown = {}
-    narrow = shutil.get_terminal_size().columns < 80
+    shown = {"score": None, "best": None, "tips shown": 0}
     with tqdm(
         total=s.iterations,
         initial=start or 0,
         dynamic_ncols=True,
         disable=None,  # where the output is no terminal
-        bar_format="{n}/{total} {desc}{postfix}" if narrow else None,
+        bar_format="{desc} {n}/{total} [{elapsed}<{remaining}]{postfix}",
     ) as bar:
         for iteration in range(start or 0, s.iterations + 1):
             stop = iteration == s.iterations or bool(interrupted)  # asked once: what stops is saved
@@ -188,7 +186,7 @@ def log_evaluation(iteration, learner, envs, pool, s, run_dir, bar):
     rng = np.random.default_rng([s.seed, iteration, 1])
 
     def progress(phase, text=""):
-        bar.set_description(f"EMPO² evaluation: {text}")
+        bar.set_description(f"evaluation {text}")
 
     played = evaluation.evaluate(
         learner.policy, envs, pool, s.eval_episodes, s, rng, progress=progress
