@@ -194,6 +194,8 @@ def play(policy, envs, pool, trial, shown, embed, args, s, progress):
 def show(protocol, parts, picture):
     """Print the protocol and the table, and draw the picture; ood has a row for every trial."""
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
+    if protocol["model"] == "standin":  # its numbers do not stand beside the paper's
+        parts = [{**part, "task": f"{part['task']} (stand-in)"} for part in parts]
     columns = ("episodes", "turns", "memory_turns", *FIGURES)
     ood = protocol["protocol"] == "ood"
     rows = {}

@@ -197,6 +197,21 @@ def test_in_scienceworld_too_and_beside_the_papers_numbers(
     assert rows["chemistry-mix"][:8] == ["missing"] * 8
 
 
+def test_a_stand_in_never_stands_beside_the_paper(tmp_path, capsys):
+    part = {
+        "task": "find-plant",
+        "trial": 0,
+        "episodes": 1,
+        "turns": 1,
+        "memory_turns": 0,
+        **SOLVED,
+    }
+    protocol = {"protocol": "id", "model": "standin", "tasks": ["find-plant"]}
+    evaluation.show(protocol, [part], tmp_path / "picture.png")
+    printed = capsys.readouterr().out
+    assert "find-plant (stand-in)" in printed and "paper" not in printed
+
+
 def test_the_papers_numbers():
     means = [sum(column) / 18 for column in zip(*paper.TABLE_1.values(), strict=True)]
     assert means == pytest.approx([-61.4, 17.1, 33.8, 33.2, 75.9], abs=0.06)
