@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,6 +21,8 @@ from settings import Settings
 
 ROOT = Path(__file__).parent
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
+# Cards of less than so many GB: dialogues side by side, padded tokens in a forward pass.
+CARDS = ((30, 32, 6144), (60, 64, 6144), (math.inf, 128, 16384))
 # What may change on --resume, beside a larger --iterations.
 RESUMABLE = (
     "rollout_batch",
@@ -36,25 +39,21 @@ def hardware_defaults(s):
     """Fill in what was left to the hardware -> (settings, a line of reason per value)."""
     if torch.cuda.is_available():
         gigabytes = card_memory()
+        dialogues, tokens = next(fits for limit, *fits in CARDS if gigabytes < limit)
         where = f"{torch.cuda.get_device_name()}, {gigabytes:.0f} GB"
         choices = {
             "model": ("Qwen/Qwen2.5-7B-Instruct", "the paper's model"),
             "tasks_per_iteration": (16, "the paper's"),
             "iterations": (200, "the paper's 200-250"),
             "learning_rate": (1e-5, "usual for LoRA at 7B"),
-            "rollout_batch": (128, "as many dialogues as fit"),
-            "micro_tokens": (16384, "as many tokens as fit"),
+            "rollout_batch": (dialogues, "as many dialogues as fit"),
+            "micro_tokens": (tokens, "as many tokens as fit"),
             "load_in_4bit": (gigabytes < 30, "4-bit is slower, and needed up to 24 GB only"),
             "variations": (5, "the authors'"),
             "eval_every": (0, "evaluations take time"),
             "eval_variations": (20, "the authors'"),
             "eval_episodes": (4, "the authors'"),
         }
-        if gigabytes < 60:
-            choices["rollout_batch"] = (64, "as many dialogues as fit")
-            choices["micro_tokens"] = (6144, "as many tokens as fit")
-        if gigabytes < 30:
-            choices["rollout_batch"] = (32, "as many dialogues as fit")
     else:
         where = "no GPU"
         choices = {

@@ -44,7 +44,10 @@ def understand(command, monkeypatch):
     name, argv = words[0].removesuffix(".py").replace("/", "."), words[1:]
     if name in ("pytest", "venv"):
         return
-    if name == "train":
+    if argv == ["--help"]:
+        with pytest.raises(SystemExit):
+            train.parse(argv)
+    elif name == "train":
         s, _ = train.parse(argv)
         if not s.resume:
             tasks = runs.make_env(s).tasks() if s.env == "house" else s.tasks
