@@ -70,10 +70,9 @@ def hardware_defaults(s):
             "eval_episodes": (2, "a small evaluation"),
         }
     tasks = s.tasks or envs.env_class(s.env).DEFAULT_TASKS
-    name = f"{s.env}-{'+'.join(tasks[:3])}-{s.seed}"
-    if s.preset != "empo2":
-        name = f"{s.env}-{'+'.join(tasks[:3])}-{s.preset}-{s.seed}"
-    choices["run_dir"] = (f"runs/{name}", "from environment, tasks, preset and seed")
+    preset = "" if s.preset == "empo2" else f"-{s.preset}"
+    run_dir = f"runs/{s.env}-{'+'.join(tasks[:3])}{preset}-{s.seed}"
+    choices["run_dir"] = (run_dir, "from environment, tasks, preset and seed")
     chosen = {"tasks": tasks}
     reasons = []
     for setting, (value, why) in choices.items():
@@ -99,9 +98,7 @@ def require_memory(s):
 
 def load_policy(s, adapter=None):
     """The policy of the settings. Raises ValueError if it cannot hold --context."""
-    name = s.model
-    if name == "standin":
-        name = str(ROOT / "standin" / s.env)
+    name = str(ROOT / "standin" / s.env) if s.model == "standin" else s.model
     policy = Policy.load(
         name,
         adapter=adapter,
