@@ -5,6 +5,8 @@ Nothing here needs torch.
 
 import argparse
 import math
+import os
+import signal
 import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -207,8 +209,15 @@ def given(argv):
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
+def quit_at_once(signum, frame):
+    """Nothing has begun that would have to be ended in order."""
+    print("\nstopped before anything was saved", file=sys.stderr)
+    os._exit(130)
+
+
 def refuse(argv, description):
-    """End the program with one line if the command line is wrong."""
+    """End the program with one line if the command line is wrong; from here on also on Ctrl-C."""
+    signal.signal(signal.SIGINT, quit_at_once)
     try:
         s, _ = parse(argv, description)
         known = make(s.env).tasks()

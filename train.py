@@ -268,13 +268,21 @@ def continue_run(run_dir, s, names):
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class StopNow(BaseException):
+    """Not KeyboardInterrupt: py4j's handling of that one is broken."""
+
+
+def stop_now(signum, frame):
+    raise StopNow
+
+
 def finish_on_interrupt():
     """A list that fills on a signal of STOPS: the iteration can finish; a second one stops now."""
     received = []
 
     def handler(signum, frame):
         if received:
-            raise KeyboardInterrupt
+            raise StopNow
         received.append(signum)
         tqdm.write("Finishing this iteration, then saving. Ctrl-C again stops now and loses it.")
 
@@ -285,6 +293,8 @@ def finish_on_interrupt():
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    for stop in STOPS:
+        signal.signal(stop, stop_now)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     run_dir = None
@@ -305,9 +315,9 @@ def main(argv=None):
                 print(*notes, sep="\n")
             done = train(s, run_dir, start)
         if done < s.iterations:
-            raise KeyboardInterrupt
+            raise StopNow
         summarise(s, run_dir)
-    except KeyboardInterrupt:
+    except StopNow:
         if run_dir and run_dir.is_dir() and runs.checkpoints(run_dir):
             print(f"\nstopped; python train.py --resume --run-dir {run_dir} continues")
         else:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +117,27 @@ def test_ctrl_c_finishes_the_iteration_and_saves(stop, tmp_path):
     done = len(runs.records(run_dir / "metrics.jsonl"))
     assert process.returncode == 130 and (run_dir / f"checkpoint-{done}").exists(), said
     assert f"train.py --resume --run-dir {run_dir}" in said.splitlines()[-1]
+
+
+def test_a_second_ctrl_c_in_a_java_call_ends_quietly(tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", "--env", "scienceworld", "--model", "standin"]
+    process = subprocess.Popen(
+        [*command, "--eval-every", "0", "--iterations", "50", "--run-dir", run_dir],
+        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (run_dir / "checkpoint-0").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)  # the houses are being built
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "--resume" in said.splitlines()[-1]
 
 
 def refused(capsys, *argv):
