@@ -93,7 +93,7 @@ def test_how_many_play_side_by_side_changes_nothing(lanes, tmp_path):
     assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("stop", train.STOPS)
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_finishes_the_iteration_and_saves(stop, tmp_path):
     run_dir = tmp_path / "run"
     command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "10000"]
