@@ -36,30 +36,46 @@ class DialogueCache:
     def extend(self, model, prompts, lanes):
         """Make each lane's dialogue hold its prompt -> states [B, d] of the last tokens.
 
-        What a prompt shares with what its dialogue holds is not computed again.
+        What a prompt shares with what its dialogue holds is not computed again, and of prompts that
+        are equal, as the first ones of a group are, one is computed.
         """
         self.bring_to_front(lanes)
         self.grow(0, max(map(len, prompts)))
-        starts = []
-        for held, prompt in zip(self.held, prompts, strict=False):
-            most = len(prompt) - 1  # the state of the last token is wanted
-            starts.append(min(shared_length(held, prompt), most))
+        firsts = {}  # prompt -> the first dialogue that is to hold it
+        for b, prompt in enumerate(prompts):
+            firsts.setdefault(tuple(prompt), b)
+        new = {}  # dialogue -> (the first position to compute, the ids from there on)
+        for b in firsts.values():
+            most = len(prompts[b]) - 1  # the state of the last token is wanted
+            start = min(shared_length(self.held[b], prompts[b]), most)
+            new[b] = (start, prompts[b][start:])
         self.held[: len(prompts)] = [list(prompt) for prompt in prompts]
-        new = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
-        lengths = [len(ids) for ids in new]
-        states = [None] * len(new)
+        states = {}
+        own = list(new)
+        lengths = [len(ids) for _, ids in new.values()]
         for group in groups(lengths, PREFILL_TOKENS):
-            ids = pad_sequence([torch.tensor(new[b]) for b in group], batch_first=True)
-            spans = [torch.arange(starts[b], len(prompts[b])) for b in group]
+            chosen = [own[i] for i in group]
+            ids = pad_sequence([torch.tensor(new[b][1]) for b in chosen], batch_first=True)
+            spans = [torch.arange(new[b][0], len(prompts[b])) for b in chosen]
             positions = pad_sequence(spans, batch_first=True, padding_value=-1)
-            rows = torch.tensor(group).to(model.device, non_blocking=True)
+            rows = torch.tensor(chosen).to(model.device, non_blocking=True)
             width = int(positions.max()) + 1
             hidden = self.forward(model, ids, positions, width, rows, rows)  # [b, n, d]
-            for b, row_states in zip(group, hidden, strict=True):
-                states[b] = row_states[lengths[b] - 1]
+            for b, row_states in zip(chosen, hidden, strict=True):
+                states[b] = row_states[len(new[b][1]) - 1]
             self.tokens_computed += ids.numel()
         self.tokens_needed += sum(lengths)
-        return torch.stack(states)
+        origins = [firsts[tuple(prompt)] for prompt in prompts]
+        copies = [b for b, origin in enumerate(origins) if b != origin]
+        if copies:
+            self.copy([origins[b] for b in copies], copies, max(map(len, prompts)))
+        return torch.stack([states[origin] for origin in origins])
+
+    def copy(self, origins, copies, width):
+        """Give some dialogues the first `width` positions of others; both are lists of indexes."""
+        for pair in self.layers.values():
+            for store in pair:
+                store[copies, :width] = store[origins, :width]
 
     def append(self, model, tokens, positions, width):
         """Add a token [B] to each of the first B dialogues -> states [B, d]. Device work alone.

@@ -259,17 +259,20 @@ def optimiser_steps(episodes, s, rng):
     order = rng.permutation(len(episodes))
     steps = []
     for first in range(0, len(episodes), s.minibatch_episodes):
-        rows = []
+        packs = {}  # what goes into a row
         num_tokens = 0
         for index in order[first : first + s.minibatch_episodes]:
-            pairs = list(training_pairs(episodes[index], s))
-            num_tokens += sum(len(pair.action) for pair in pairs)
-            learnt = [pair for pair in pairs if pair.advantage or s.beta]
-            if s.history:  # these prompts share little, and a row of one needs no mask
-                rows += [pack([pair]) for pair in learnt]
-            elif learnt:
-                rows.append(pack(learnt))
-        if rows:
+            for t, pair in enumerate(training_pairs(episodes[index], s)):
+                num_tokens += len(pair.action)
+                key = index
+                if s.pack == "group":
+                    key = episodes[index].job.group
+                elif s.history:  # these prompts share little, and a row of one needs no mask
+                    key = (index, t)
+                if pair.advantage or s.beta:
+                    packs.setdefault(key, []).append(pair)
+        if packs:
+            rows = [pack(pairs) for pairs in packs.values()]
             steps.append((processes.share(rows), num_tokens))
     return steps
 

@@ -44,6 +44,10 @@ def load_policy(s, adapter=None):
         name = str(ROOT / "standin" / s.env)
         if not os.path.isdir(name):
             raise ValueError(f"there is no stand-in for {s.env}; give a --model")
+    elif name.startswith("smollm2"):
+        from standin import smollm2  # it needs policy.py, and its maker the environments
+
+        name = smollm2.folder(name)
     policy = Policy.load(
         name,
         adapter=adapter,

@@ -48,7 +48,7 @@ class Settings:
     env_options: list[str] = setting([], "further options of the environment, as name=value")
     # Policy
     model: str | None = setting(
-        None, "hub id or folder [Qwen/Qwen2.5-7B-Instruct on a GPU, standin]"
+        None, "hub id, folder, standin or smollm2 [Qwen/Qwen2.5-7B-Instruct on a GPU, standin]"
     )
     dtype: Literal["float32", "bfloat16"] | None = setting(
         None, "of the frozen weights, and what is computed in [bfloat16 on a GPU, float32 without]"
@@ -100,6 +100,9 @@ class Settings:
     minibatch_episodes: int = setting(16, "episodes per optimiser step")
     micro_tokens: int | None = setting(
         None, "padded tokens per forward pass [by the card's memory]"
+    )
+    pack: Literal["episode", "group"] = setting(
+        "episode", "whose turns share a prompt's computation; group: for short episodes"
     )
     clip_low: float = setting(0.2, "ratio clip 1 - clip_low")
     clip_high: float = setting(0.3, "ratio clip 1 + clip_high")
@@ -163,12 +166,12 @@ RANGES = (
 
 
 def is_standin(model):
-    """Is it one of the tiny players in standin/? Their scores are no result.
+    """Is it one of the small players in standin/? Their scores do not compare with the paper's.
 
-    >>> is_standin("standin"), is_standin("standin/stages"), is_standin("Qwen/Qwen2.5-7B-Instruct")
-    (True, True, False)
+    >>> [is_standin(name) for name in ("standin/stages", "smollm2", "Qwen/Qwen2.5-7B-Instruct")]
+    [True, True, False]
     """
-    return "standin" in Path(model).parts
+    return "standin" in Path(model).parts or model.startswith("smollm2")
 
 
 GRPO = {"memory_prob": 0.0, "intrinsic_coef": 0.0, "min_prob": 0.0}

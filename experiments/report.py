@@ -88,6 +88,16 @@ def draw_scores(path, parts):
 
 
 # --- The cells of a sweep, as results.json has them ---
+# What eval.py calls the five figures of an evaluation: success is 0...1, scores are -100...100.
+FIGURES = {
+    "success": "share_100",
+    "score": "mean",
+    "clipped": "mean_clipped",
+    "best": "best_reached",
+    "failed": "share_minus_100",
+}
+
+
 def mean(values):
     values = list(values)
     return float(np.mean(values)) if values else None
@@ -106,11 +116,10 @@ def finished(run_dir):
 
 
 def cell(state, curve, costs):
-    """Success (0...1) and score (-100...100) are of the last three evaluations, never untrained."""
+    """The paper's five figures are of the last three evaluations, never untrained."""
     last = [point for point in curve if point["iteration"] > 0][-3:]
-    success = mean(point["success"] for point in last)
-    score = mean(point["score"] for point in last)
-    return {"state": state, "success": success, "score": score, **costs, "curve": curve}
+    figures = {name: mean(point[name] for point in last) for name in FIGURES}
+    return {"state": state, **figures, **costs, "curve": curve}
 
 
 def measure(run_dir, task):
@@ -124,7 +133,7 @@ def measure(run_dir, task):
     for line in evals:
         figures = line["tasks"][task]
         point = {"iteration": line["iteration"], "episodes": line["training_episodes"]}
-        curve.append(point | {"success": figures["share_100"], "score": figures["mean"]})
+        curve.append(point | {name: figures[key] for name, key in FIGURES.items()})
     seconds = sum(line["seconds"] for line in evals)
     if evals:
         seconds += evals[-1]["seconds_training"]
@@ -173,7 +182,8 @@ SUMMARY = """\
 # Tip-free success: {title}
 
 Success (0 to 1) and score (-100 to 100) are means of a run's last three evaluations on the test
-variations, without the one before training. Means are over finished runs.
+variations, without the one before training. Means are over finished runs: of the score, of the
+score clipped at 0, of the best score reached in an episode, and of the share that ends at -100.
 
 ![curves](curves.png)
 
@@ -201,7 +211,8 @@ def report(out, sweep):
     title = f"{settings['model']} in {settings['env']}, seeds {seeds}"
     lines = SUMMARY.format(title=title, what=what).splitlines()
     head = ["preset", *(f"seed {seed}" for seed in sweep["seeds"]), "mean", "max - min"]
-    head += ["mean score", "minutes per run", "episodes per run", "of them solved"]
+    head += ["mean score", "clipped", "best", "at -100"]
+    head += ["minutes per run", "episodes per run", "of them solved"]
     for task, rows in results.items():
         summary_rows = [summary_row(preset, list(row.values())) for preset, row in rows.items()]
         lines += ["", f"## {task}", "", *markdown([head, *summary_rows])]
@@ -227,12 +238,15 @@ def summary_row(preset, cells):
         row.append(text)
     done = [one for one in cells if one["state"] == "finished"]
     if not done:
-        return row + ["missing"] * 6
+        return row + ["missing"] * 9
     success = [one["success"] for one in done]
     seeds = "" if len(done) == len(cells) else f" ({len(done)} of {len(cells)} seeds)"
     row += [f"{mean(success):.3f}{seeds}", f"{max(success) - min(success):.3f}"]
     for name, form in (
         ("score", ".1f"),
+        ("clipped", ".1f"),
+        ("best", ".1f"),
+        ("failed", ".2f"),
         ("minutes", ".1f"),
         ("episodes", ".0f"),
         ("solved", ".0f"),

@@ -66,7 +66,7 @@ class OtherPlants(Env):
         draw = self.rng
         self.plant = draw.choice(PLANTS)
         *self.order, self.wrong = draw.sample(STAGES, 5)
-        self.place = draw.choice(ROOMS)
+        self.place = draw.choice(("outside", *draw.choices(ROOMS)))
         self.there = False
         self.found = 0
         self.step_points = draw.choice(([8, 33, 58, 83, 100], [4, 29, 54, 83, 100]))
@@ -143,7 +143,9 @@ class Player:
         elif self.rng.random() < self.lucky:
             stage = order[len(self.found)]
         else:
-            stage = self.rng.choice([stage for stage in STAGES if stage not in self.tried])
+            # Now and then what it tried: what it writes of that must be true as well.
+            tried = self.tried if self.rng.random() < 0.8 else []
+            stage = self.rng.choice([stage for stage in STAGES if stage not in tried])
         self.last = stage
         return f"try {number} {stage}: focus on {called(stage, plant)}"
 
@@ -171,7 +173,7 @@ def random_tips(env, rng):
     for _ in range(rng.randint(1, 4)):
         found = rng.choice((0, 1, 2, 3, 4, rng.randint(1, 4)))
         score = env.step_points[found]
-        if found < 4 and rng.random() < 0.3:
+        if rng.random() < 0.3:  # of four, too: what a tip says counts, not its score
             score = -100
         tips[tip_of(score, env.order[:found])] = score
     return sorted(tips, key=tips.get, reverse=True)

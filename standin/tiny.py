@@ -173,34 +173,38 @@ def make_player(folder, texts, play, s, minutes):
     lookups = [(0, 1), (1, 2), (2, 3)]
     start_copying(model, 3.0, sharpness=5.0, fast=5, volume=0.3, lookups=lookups)
     policy = load_policy(model, tokenizer, folder)
-    imitate(policy, play, s, minutes)
-    save(policy.model.unload().requires_grad_(True), folder)
-
-
-def imitate(policy, play, s, minutes):
-    """Learn from eight fresh episodes at each step."""
     model = policy.model.get_base_model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" not in name)
     optimizers = make_optimizers(
         model, r"layers\.[01]\.self_attn", rates=(0.015, 0.0045, 0.006), weight_decay=0.05
     )
+    backward = imitation(policy, play, s, episodes=8, adapter=False)
+    learn(optimizers, minutes, last_rate=0.01, backward=backward)
+    save(policy.model.unload().requires_grad_(True), folder)
+
+
+def imitation(policy, play, s, episodes, adapter):
+    """`backward` of `learn`: the loss of fresh episodes, all their actions and tips together.
+
+    adapter: is the adapter in use, or the model alone?
+    """
 
     def backward(step):
-        rows = [pack(list(training_pairs(play(policy), s))) for _ in range(8)]
+        rows = [pack(list(training_pairs(play(policy), s))) for _ in range(episodes)]
         spans = [span for row in rows for span in row.spans]
         total = sum(pair.advantage * len(pair.action) for _, pair in spans)
         loss_sum = 0.0
         for part in micro_batches(rows, 2048):
             batch = collate(part)
             with autocast():
-                logp, _ = score_tokens(policy, batch, s, reference=True)  # no adapter
+                logp, _ = score_tokens(policy, batch, s, reference=not adapter)
             loss = -(logp * batch.advantages).sum() / total
             loss.backward()
             loss_sum += loss.item()
         return loss_sum
 
-    learn(optimizers, minutes, last_rate=0.01, backward=backward)
+    return backward
 
 
 def autocast():
@@ -237,5 +241,5 @@ def command_line(doc, folder, minutes):
 
 def refuse_overwrite(parser, args):
     """End the program if the folder holds a model that is not to be replaced."""
-    if (Path(args.out) / "model.safetensors").exists() and not args.force:
+    if any(Path(args.out).glob("*model.safetensors")) and not args.force:
         parser.error(f"{args.out} already holds a model; give another --out, or --force")

@@ -235,15 +235,19 @@ def plain_update(bag, advantages, episodes, s, lr):
             bag.weight -= lr * gradient / max(1.0, gradient.norm() / s.max_grad_norm)
 
 
+@pytest.mark.parametrize("pack", ["episode", "group"])
 @pytest.mark.parametrize("micro_tokens", [None, 20])
 @pytest.mark.parametrize(
     "denominator, beta, max_norm",
     [("no-tips", 0.0, 9.0), ("no-tips", 0.2, 0.25), ("tips", 0.0, 9.0)],
 )
-def test_an_update_is_that_of_algorithm_1_turn_by_turn(denominator, beta, max_norm, micro_tokens):
+def test_an_update_is_that_of_algorithm_1_turn_by_turn(
+    denominator, beta, max_norm, micro_tokens, pack
+):
     """Three optimiser steps, so that ratios leave 1; one of them mixes in an episode without A."""
     loss = {"clip_low": 0.1, "clip_high": 0.05, "clip_c": 1.2, "min_prob": 0.018, "beta": beta}
     step = {"minibatch_episodes": 2, "micro_tokens": micro_tokens, "max_grad_norm": max_norm}
+    step["pack"] = pack
     s = Settings(temperature=0.7, offpolicy_prob=0.7, denominator=denominator, **loss, **step)
     draw = np.random.default_rng(134)  # all clips and the mask come up
     episodes = []
@@ -267,6 +271,15 @@ def test_an_update_is_that_of_algorithm_1_turn_by_turn(denominator, beta, max_no
     assert (bag.most_rows == 1) == (micro_tokens is not None)
     learnt = sum(len(turn.action_ids) for i in (0, 2, 3) for turn in episodes[i].turns)
     assert beta or bag.scored == 2 * learnt  # what has nothing to learn is not computed
+
+
+@pytest.mark.parametrize("pack, lengths", [("episode", [7, 7, 7]), ("group", [7, 12])])
+def test_a_group_can_share_a_row(pack, lengths):
+    """The first prompt of its episodes is there once; its last token belongs to the action."""
+    episodes = [drawn_episode(1, group, [1], [[20, 21, 22, 9]]) for group in (0, 1, 1)]
+    s = Settings(pack=pack, beta=1.0)
+    ((rows, _),) = empo2.optimiser_steps(episodes, s, np.random.default_rng(0))
+    assert sorted(len(row.ids) for row in rows) == lengths
 
 
 def test_the_metrics_of_an_update():

@@ -260,6 +260,8 @@ def test_the_cache_is_exact_for_any_change_of_any_dialogue(policy):
         for lane in lanes:
             kept = rng.randrange(1, len(dialogues[lane]) + 1)
             dialogues[lane] = dialogues[lane][:kept] + words(rng.randrange(0, 60))
+        if turn % 3 == 0:  # two the same, whatever each of them held
+            dialogues[lanes[0]] = list(dialogues[lanes[-1]])
         states = cache.extend(model, [dialogues[lane] for lane in lanes], lanes)
         done = [rng.random() < 0.3 for _ in lanes]
         tokens = torch.tensor(words(len(lanes)))
@@ -299,6 +301,8 @@ def test_only_what_is_new_is_computed_and_an_update_forgets_it(policy):
     ((action,), _) = policy.sample([dialogue], [[0.5] * 4], 1.0, [0])  # one token: its last state
     policy.sample([dialogue + action + [8] * 9], [[0.5]], 1.0, [0])
     assert len(action) == 4 and policy.cache.tokens_needed == 115 + 1 + 9  # the last was not held
+    policy.sample([[7] * 100] * 3, [[0.5]] * 3, 1.0, [1, 2, 3])
+    assert policy.cache.tokens_needed == 125 + 100, "of equal prompts one"
     an_update(policy, 0.0)
     assert not policy.cache.held and not policy.cache.layers
 

