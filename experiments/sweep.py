@@ -87,6 +87,20 @@ EXPERIMENTS = {
         --save-every 10 --eval-every 6
         --eval-variations 4 --eval-episodes 4
     """,
+    # The same task for a real language model after its warm start (standin/smollm2.py)
+    "smollm2": """
+        --tasks identify-life-stages-2 --seeds 0 1
+        --presets grpo empo2
+        --
+        --env scienceworld --env-options thoughts=true --model smollm2-stages --step-limit 5
+        --variations 2 --tasks-per-iteration 2 --iterations 20
+        --memory-prob 0.5 --mode-level episode --memory-key task --memory-scope task --max-tips 4
+        --advantage-eps 10 --pack group
+        --learning-rate 5e-4 --max-grad-norm 0.1 --minibatch-episodes 8 --micro-tokens 2048
+        --action-tokens 24 --tip-tokens 40
+        --save-every 5 --eval-every 5
+        --eval-variations 4 --eval-episodes 4
+    """,
     # Table 1 of the paper, a run for each of its tasks: for a GPU
     "paper": f"""
         --tasks {" ".join(paper.TABLE_1)}

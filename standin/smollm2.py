@@ -80,7 +80,9 @@ def warm_start(out, minutes, seed):
         adapter=True,
     )
     tiny.learn([optimizer], minutes, last_rate=0.02, backward=backward)
+    policy.model.peft_config["default"].base_model_name_or_path = "smollm2"
     policy.model.to(torch.bfloat16).save_pretrained(out)
+    Path(out, "README.md").unlink()  # peft's form for a model card
 
 
 def main():
