@@ -23,7 +23,9 @@ other reading.
     the same in all of them. What counts as met before is what was met before this iteration, and
     earlier in the same episode, so equal episodes of a group get equal rewards.
  5. Retrieved tips: similarity >= 0.5, then the 10 best by score (authors). `tip_rank=similarity`
-    takes the most similar ones (paper). Equal values: the newer tip first.
+    takes the most similar ones (paper). Of equals the one that served better goes first: the mean
+    score of the episodes that told it or were shown it. Else a false tip, once told after a good
+    episode, would lead the rest for ever. Then the newer one.
  6. Memory key and query: task text and current observation; a tip is stored under the last state
     of its episode. `memory_key="task"`: task text alone. (Authors: the prompt's beginning, cut by
     a 256-token encoder.) With the task text in the key nearly all states of a task are similar

@@ -29,6 +29,8 @@ class TipSlot:
     keys: np.ndarray  # [room, d] float32, of which the first len(texts) are used
     texts: list[str]
     scores: list[float]
+    totals: list[float]  # the sum of the scores of the episodes that told a tip or were shown it
+    trials: list[int]  # how many these are
 
 
 class TipMemory:
@@ -36,7 +38,8 @@ class TipMemory:
 
     capacity: tips per slot, the oldest are dropped. threshold: least cosine similarity of a
     retrieved tip. max_tips: most at once. rank: which of the similar ones, by "score" or by
-    "similarity"; of equals the newer first.
+    "similarity". Of equals the one that served better goes first, by the mean score of the episodes
+    that told it or were shown it, then the newer one.
     """
 
     def __init__(self, capacity=1000, threshold=0.5, max_tips=10, rank="score"):
@@ -52,20 +55,32 @@ class TipMemory:
     def add(self, key, text, score, slot):
         """Store a tip. key: [d] unit vector, score: -100...100.
 
-        A text that the slot already holds is ignored.
+        A text that the slot already holds keeps its key and score.
         """
         if slot not in self.slots:
-            self.slots[slot] = TipSlot(np.empty((0, len(key)), np.float32), [], [])
+            self.slots[slot] = TipSlot(np.empty((0, len(key)), np.float32), [], [], [], [])
         held = self.slots[slot]
         if text in held.texts:
+            self.credit([text], score, slot)
             return
         if len(held.texts) == self.capacity:  # the oldest goes
             held.keys[: self.capacity - 1] = held.keys[1 : self.capacity]
-            del held.texts[0], held.scores[0]
+            del held.texts[0], held.scores[0], held.totals[0], held.trials[0]
         held.keys = with_room(held.keys, len(held.texts))
         held.keys[len(held.texts)] = key
         held.texts.append(text)
         held.scores.append(float(score))
+        held.totals.append(float(score))
+        held.trials.append(1)
+
+    def credit(self, texts, score, slot):
+        """An episode that was shown these tips of the slot ended with this score."""
+        for text in texts:
+            held = self.slots[slot]
+            if text in held.texts:
+                index = held.texts.index(text)
+                held.totals[index] += score
+                held.trials[index] += 1
 
     def retrieve(self, key, slot):
         """Texts of at most `max_tips` tips of the slot that are similar to `key` [d], best first.
@@ -81,22 +96,23 @@ class TipMemory:
         held = self.slots[slot]
         similarity = held.keys[: len(held.texts)] @ np.float32(key)  # [n]
         value = np.array(held.scores) if self.rank == "score" else similarity
+        served = np.array(held.totals) / held.trials
         age = -np.arange(len(value))  # the newest is 1 - n
-        best_first = np.lexsort((age, -value))
+        best_first = np.lexsort((age, -served, -value))
         similar = [i for i in best_first if similarity[i] >= self.threshold - ROUNDING]
         return [held.texts[i] for i in similar[: self.max_tips]]
 
     def save(self, path):
         """Write the content to a .npz file."""
         keys = {name: slot.keys[: len(slot.texts)] for name, slot in self.slots.items()}
-        rest = {name: [slot.texts, slot.scores] for name, slot in self.slots.items()}
+        rest = {}
+        for name, slot in self.slots.items():
+            rest[name] = [slot.texts, slot.scores, slot.totals, slot.trials]
         write(path, keys, rest)
 
     def load(self, path):
         """Replace the content by that of a file. Raises ValueError if it is damaged."""
-        self.slots = {
-            name: TipSlot(keys, texts, scores) for name, keys, (texts, scores) in read(path)
-        }
+        self.slots = {name: TipSlot(keys, *rest) for name, keys, rest in read(path)}
 
 
 @dataclass

@@ -51,6 +51,24 @@ def test_capacity_duplicates_ties_and_slots():
     assert len(many) == 1000
 
 
+def test_of_tips_with_equal_scores_the_one_that_served_better_goes_first():
+    memory = TipMemory(capacity=3)
+    for text, score in (("true", 100), ("false", 100), ("worse", 83)):
+        memory.add(X, text, score, "slot")
+    assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "the newer"
+    memory.credit({"true", "false", "worse"}, -100, "slot")
+    assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "both served as badly"
+    memory.add(X, "true", 100, "slot")  # told again
+    assert memory.retrieve(X, "slot") == ["true", "false", "worse"]
+    memory.credit({"true"}, -100, "slot")
+    memory.credit({"false", "forgotten"}, 0, "slot")
+    assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "means, no sums: -33, 0"
+    memory.add(X, "new", 0, "slot")  # the oldest goes, and the others keep what is theirs
+    memory.add(X, "good", 100, "slot")
+    assert memory.retrieve(X, "slot") == ["good", "worse", "new"]
+    assert (memory.slots["slot"].totals, memory.slots["slot"].trials) == ([-17, 0, 100], [2, 1, 1])
+
+
 def test_novelty_is_one_over_the_visits_to_similar_states_of_the_slot():
     novelty = NoveltyStore()
     visits = [X, unit(1, 1.7), unit(1, 1.8), X, Y]  # cosines with X: 0.507, 0.486
@@ -86,6 +104,7 @@ def test_saved_and_loaded_unchanged_and_damage_is_named(kind, tmp_path):
             assert held.counts == saved.counts
         else:
             assert (held.texts, held.scores) == (saved.texts, saved.scores)
+            assert (held.totals, held.trials) == (saved.totals, saved.trials)
         assert (held.keys == saved.keys[: len(held.keys)]).all() and held.keys.dtype == np.float32
     whole = path.read_bytes()
     for damaged in (whole[:-30], whole[: len(whole) // 2], b"", b"not a zip"):

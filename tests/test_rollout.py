@@ -263,10 +263,14 @@ def test_a_tip_is_written_from_the_whole_tip_free_episode():
     assert [e.tip, other.tip, silent.tip] == [" ".join(["to"] * 99), "x", ""]
     assert [e.tip_cut, other.tip_cut, silent.tip_cut] == [True, True, False]
     memory = TipMemory()
+    memory.add(EMBED(["T-task\nstart"])[0], "old tip", 99, "task/0")
     rollout.store_tips([e, other, silent], memory, EMBED, s)
     slot = memory.slots["task/0"]
-    assert (slot.texts, slot.scores) == ([e.tip, "x"], [e.score, other.score])  # no empty one
-    assert (slot.keys[0] == EMBED([f"T-task\nseen{d}"])[0]).all()
+    assert slot.texts == ["old tip", e.tip, "x"], "no empty one"
+    assert slot.scores == [99, e.score, other.score]
+    assert (slot.keys[1] == EMBED([f"T-task\nseen{d}"])[0]).all()
+    assert slot.trials == [4, 1, 1], "all three episodes were shown it, at several turns"
+    assert slot.totals[0] == 99 + e.score + other.score + silent.score
 
 
 @pytest.mark.parametrize("lanes", [1, 5])
