@@ -11,7 +11,7 @@ simulator's prompt and first observations of nine rooms (recorded from `boil`); 
 with any place; the 12 words that the simulator has for stages of life, animals' too, of which each
 episode draws 4 as its plant's, in any order, and one that is wrong; the names of plants.
 
-  python -m standin.make_stages --force   13 minutes on a core; learning is limited by time, so that
+  python -m standin.make_stages --force   18 minutes on a core; learning is limited by time, so that
                                           another machine gets another player of the same kind
   python -m standin.make_stages --check   what the player in the folder can do, in the simulator
 """
@@ -315,7 +315,7 @@ def found_in(episode):
 
 def main():
     """Make the player, and say what it can do."""
-    parser = tiny.command_line(__doc__, FOLDER, minutes=13)
+    parser = tiny.command_line(__doc__, FOLDER, minutes=18)
     parser.add_argument("--check", action="store_true", help="make nothing, only measure")
     args = parser.parse_args()
     if not args.check:
