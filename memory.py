@@ -112,7 +112,10 @@ class TipMemory:
 
     def load(self, path):
         """Replace the content by that of a file. Raises ValueError if it is damaged."""
-        self.slots = {name: TipSlot(keys, *rest) for name, keys, rest in read(path)}
+        self.slots = {
+            name: TipSlot(keys, texts, scores, totals, trials)
+            for name, keys, (texts, scores, totals, trials) in read(path)
+        }
 
 
 @dataclass

@@ -139,7 +139,8 @@ def rollout_peaks(policy, memory, dialogues, context):
     memory: has `reset()` and `peak`.
     """
     lanes = range(dialogues)
-    prompts = [[ANY_TOKEN] * (context - ACTION)] * dialogues
+    # No two are the same: of equal ones one would be computed.
+    prompts = [[ANY_TOKEN] * (context - ACTION - 1) + [lane] for lane in lanes]
     uniforms = np.full((dialogues, ACTION), 0.5)
     policy.forget()
     policy.cache.bring_to_front(lanes)

@@ -607,7 +607,11 @@ def test_no_pickle_is_loaded_from_a_run(name, copy, tmp_path, capsys):
     if name == "tips.npz":
         keys = np.empty(1, object)
         keys[0] = trap
-        np.savez(folder / name, keys=keys, meta=np.frombuffer(b'[["s", 1, [["a"], [0]]]]', "u1"))
+        np.savez(
+            folder / name,
+            keys=keys,
+            meta=np.frombuffer(b'[["s", 1, [["a"], [0], [0], [1]]]]', "u1"),
+        )
     else:
         torch.save(trap, folder / name)
     state = json.loads((folder / "state.json").read_text())
