@@ -17,6 +17,7 @@ tasks, and knows of ScienceWorld what that one's docstring says.
 
 import importlib.util
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def warm_start(out, minutes, seed):
     policy.model.peft_config["default"].base_model_name_or_path = "smollm2"
     policy.model.to(torch.bfloat16).save_pretrained(out)
     Path(out, "README.md").unlink()  # peft's form for a model card
+    shutil.rmtree(MODELS / "smollm2-stages", ignore_errors=True)  # made anew at its next use
 
 
 def main():
