@@ -61,7 +61,7 @@ class TipMemory:
             self.slots[slot] = TipSlot(np.empty((0, len(key)), np.float32), [], [], [], [])
         held = self.slots[slot]
         if text in held.texts:
-            self.credit([text], score, slot)
+            self.judge([text], score, slot)
             return
         if len(held.texts) == self.capacity:  # the oldest goes
             held.keys[: self.capacity - 1] = held.keys[1 : self.capacity]
@@ -73,7 +73,7 @@ class TipMemory:
         held.totals.append(float(score))
         held.trials.append(1)
 
-    def credit(self, texts, score, slot):
+    def judge(self, texts, score, slot):
         """An episode that was shown these tips of the slot ended with this score."""
         for text in texts:
             held = self.slots[slot]

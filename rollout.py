@@ -365,11 +365,11 @@ def tip_prompt(policy, episode, context):
 def store_tips(episodes, memory, embed, s):
     """Add the tips to M, once all episodes of the iteration are over (Alg. 1), but no empty one.
 
-    Those that the episodes were shown are credited with what came of it (5).
+    Those that the episodes were shown are judged by what came of it (5).
     """
     for episode in episodes:
         shown = {tip for turn in episode.turns for tip in turn.tips}
-        memory.credit(shown, episode.score, memory_slot(episode.job, s.memory_scope))
+        memory.judge(shown, episode.score, memory_slot(episode.job, s.memory_scope))
     told = [episode for episode in episodes if episode.tip]
     keys = embed([memory_text(e, e.turns[-1].next_observation, s.memory_key) for e in told])
     for episode, key in zip(told, keys, strict=True):

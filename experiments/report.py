@@ -94,7 +94,7 @@ FIGURES = {
     "score": "mean",
     "clipped": "mean_clipped",
     "best": "best_reached",
-    "failed": "share_minus_100",
+    "minus_100": "share_minus_100",
 }
 
 
@@ -246,7 +246,7 @@ def summary_row(preset, cells):
         ("score", ".1f"),
         ("clipped", ".1f"),
         ("best", ".1f"),
-        ("failed", ".2f"),
+        ("minus_100", ".2f"),
         ("minutes", ".1f"),
         ("episodes", ".0f"),
         ("solved", ".0f"),

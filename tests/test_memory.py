@@ -56,12 +56,12 @@ def test_of_tips_with_equal_scores_the_one_that_served_better_goes_first():
     for text, score in (("true", 100), ("false", 100), ("worse", 83)):
         memory.add(X, text, score, "slot")
     assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "the newer"
-    memory.credit({"true", "false", "worse"}, -100, "slot")
+    memory.judge({"true", "false", "worse"}, -100, "slot")
     assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "both served as badly"
     memory.add(X, "true", 100, "slot")  # told again
     assert memory.retrieve(X, "slot") == ["true", "false", "worse"]
-    memory.credit({"true"}, -100, "slot")
-    memory.credit({"false", "forgotten"}, 0, "slot")
+    memory.judge({"true"}, -100, "slot")
+    memory.judge({"false", "forgotten"}, 0, "slot")
     assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "means, no sums: -33, 0"
     memory.add(X, "new", 0, "slot")  # the oldest goes, and the others keep what is theirs
     memory.add(X, "good", 100, "slot")
