@@ -168,7 +168,9 @@ def make(folder, minutes, seed):
     torch.manual_seed(seed)
     rng = random.Random(seed)
     env = OtherHouses(rng)
-    tiny.make_player(folder, corpus(env), lambda policy: play(policy, env, rng), SETTINGS, minutes)
+    tiny.make_player(
+        folder, corpus(env), lambda policy: [play(policy, env, rng)], SETTINGS, minutes
+    )
 
 
 # --- What it can do -------------------------------------------------------------------------------

@@ -49,7 +49,10 @@ SETTINGS = Settings(env="scienceworld")
 
 
 class OtherPlants(Env):
-    """Made-up tasks that answer as the simulator does: any plant, stages, order and place."""
+    """Made-up tasks that answer as the simulator does: any stages in any order.
+
+    The variation says what the prompt tells: the plant, the place, where one is.
+    """
 
     def __init__(self, rng):
         super().__init__()
@@ -60,16 +63,16 @@ class OtherPlants(Env):
         return [TASK]
 
     def variation_count(self, task):
-        return 4
+        return 1_000_000
 
     def start(self, task, variation):
-        draw = self.rng
-        self.plant = draw.choice(PLANTS)
-        *self.order, self.wrong = draw.sample(STAGES, 5)
-        self.place = draw.choice(("outside", *draw.choices(ROOMS)))
+        *self.order, self.wrong = self.rng.sample(STAGES, 5)
         self.there = False
         self.found = 0
-        self.step_points = draw.choice(([8, 33, 58, 83, 100], [4, 29, 54, 83, 100]))
+        self.step_points = self.rng.choice(([8, 33, 58, 83, 100], [4, 29, 54, 83, 100]))
+        told = random.Random(variation)
+        self.plant = told.choice(PLANTS)
+        self.place = told.choice(("outside", *told.choices(ROOMS)))
         where = "outside" if self.place == "outside" else f"in the {self.place}"
         text = (
             f"Your task is to focus on the life stages of the {self.plant} plant, "
@@ -77,7 +80,7 @@ class OtherPlants(Env):
         )
         inventory = "In your inventory, you see:\n\tan orange\n"
         prompt = system_prompt(text, self.templates, inventory, thoughts=True)
-        return draw.choice(self.openings), text, prompt
+        return told.choice(self.openings), text, prompt
 
     def act(self, action):
         command = action.rpartition(":")[2].strip()
@@ -122,11 +125,16 @@ def called(stage, plant):
 
 # --- The scripted player --------------------------------------------------------------------------
 class Player:
-    """What it knows in an episode. lucky: how often it guesses what is right (to see more)."""
+    """What it knows in an episode.
 
-    def __init__(self, rng, lucky=0.0):
+    lucky: how often it guesses what is right (to see more). recall: does it say in every line what
+    was found so far, as its tip will?
+    """
+
+    def __init__(self, rng, lucky=0.0, recall=False):
         self.rng = rng
         self.lucky = lucky
+        self.recall = recall
         self.found = []  # the stages in order
         self.tried = []
         self.there = False
@@ -148,7 +156,8 @@ class Player:
             tried = self.tried if self.rng.random() < 0.8 else []
             stage = self.rng.choice([stage for stage in STAGES if stage not in tried])
         self.last = stage
-        return f"try {number} {stage}: focus on {called(stage, plant)}"
+        thought = numbered([*self.found, stage]) if self.recall else f"try {number} {stage}"
+        return f"{thought}: focus on {called(stage, plant)}"
 
     def hear(self, line, observation, score):
         """What came of it."""
@@ -162,10 +171,16 @@ class Player:
 
 def tip_of(score, found):
     """What was found and what is missing: the same facts always make the same sentence."""
-    parts = [f"{number} {stage}" for number, stage in zip(NUMBERS, found, strict=False)]
-    if len(found) < len(NUMBERS):
-        parts.append(f"{NUMBERS[len(found)]} unknown")
-    return f"Score {score:.0f}: {', '.join(parts)}."
+    return f"Score {score:.0f}: {numbered([*found, 'unknown'])}."
+
+
+def numbered(stages):
+    """At most four, each with its number.
+
+    >>> numbered(["seed", "unknown"])
+    'first seed, second unknown'
+    """
+    return ", ".join(f"{number} {stage}" for number, stage in zip(NUMBERS, stages, strict=False))
 
 
 def random_tips(env, rng):
@@ -183,18 +198,18 @@ def random_tips(env, rng):
     return sorted(tips, key=tips.get, reverse=True)
 
 
-def play(policy, env, rng):
+def play(policy, env, rng, variation, recall=False):
     """An episode by the scripted player, its tip as the last turn, laid out as in a rollout.
 
     The advantage of a turn is its weight in what is learnt.
     """
-    job = Job(TASK, variation=0, group=0, member=0)
+    job = Job(TASK, variation, group=0, member=0)
     playing = rollout.begin(policy, env, job, None, 0, rollout.load(env, job, EnvFault))
     episode = playing.episode
     env.step_limit = rng.randint(4, 8)
     often = rng.choice((0, 0, 0.5, 0.9, 1))
     tips = random_tips(env, rng)
-    player = Player(rng, lucky=0.5)
+    player = Player(rng, lucky=0.5, recall=recall)
     while not episode.ended:
         shown = tips if rng.random() < often else []
         rollout.open_turn(policy, playing, shown, SETTINGS)
@@ -231,8 +246,8 @@ def corpus(env):
     for room in ROOMS:
         yield f"teleport to {room}"
         yield f"You teleport to the {room}."
-    for _ in range(50):
-        yield env.reset(TASK, 0)[1]["prompt"]
+    for variation in range(50):
+        yield env.reset(TASK, variation)[1]["prompt"]
 
 
 def make(folder, minutes, seed):
@@ -240,7 +255,11 @@ def make(folder, minutes, seed):
     torch.manual_seed(seed)
     rng = random.Random(seed)
     env = OtherPlants(rng)
-    tiny.make_player(folder, corpus(env), lambda policy: play(policy, env, rng), SETTINGS, minutes)
+
+    def episode(policy):
+        return [play(policy, env, rng, rng.randrange(env.variation_count(TASK)))]
+
+    tiny.make_player(folder, corpus(env), episode, SETTINGS, minutes)
 
 
 # --- What it can do -------------------------------------------------------------------------------
@@ -309,7 +328,8 @@ def found_in(episode):
     found = []
     for turn in episode.turns:
         if turn.reward > 0 and "focus on" in turn.action:
-            found.append(next(stage for stage in STAGES if f" {stage} " in f" {turn.action} "))
+            command = turn.action.rpartition(":")[2]
+            found.append(next(stage for stage in STAGES if f" {stage} " in f"{command} "))
     return found
 
 

@@ -76,13 +76,12 @@ def warm_start(out, minutes, seed):
     env = make_stages.OtherPlants(rng)
     policy = Policy.load(folder("smollm2"), lora_r=16, lora_alpha=32, seed=seed)
     optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    backward = tiny.imitation(
-        policy,
-        lambda policy: make_stages.play(policy, env, rng),
-        make_stages.SETTINGS,
-        episodes=2,
-        adapter=True,
-    )
+
+    def episodes(policy):  # of one prompt, which is computed once
+        variation = rng.randrange(env.variation_count(make_stages.TASK))
+        return [make_stages.play(policy, env, rng, variation, recall=True) for _ in range(4)]
+
+    backward = tiny.imitation(policy, episodes, make_stages.SETTINGS, times=1, adapter=True)
     tiny.learn([optimizer], minutes, last_rate=0.02, backward=backward)
     policy.model.peft_config["default"].base_model_name_or_path = "smollm2"
     policy.model.to(torch.bfloat16).save_pretrained(out)

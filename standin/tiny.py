@@ -164,8 +164,7 @@ def learn(optimizers, minutes, last_rate, backward):
 def make_player(folder, texts, play, s, minutes):
     """Write a model of 0.7 M parameters that imitates a scripted player to the folder.
 
-    texts: what the tokenizer is made from. play: policy -> an episode; the advantage of a turn is
-    its weight in what is learnt. s: settings.
+    texts: what the tokenizer is made from. play, s: as in `imitation`.
     """
     tokenizer = make_tokenizer(texts, 1024)
     model = make_model(len(tokenizer), layers=3, heads=4, size=32, width=384, theta=1e5)
@@ -179,19 +178,22 @@ def make_player(folder, texts, play, s, minutes):
     optimizers = make_optimizers(
         model, r"layers\.[01]\.self_attn", rates=(0.015, 0.0045, 0.006), weight_decay=0.05
     )
-    backward = imitation(policy, play, s, episodes=8, adapter=False)
+    backward = imitation(policy, play, s, times=8, adapter=False)
     learn(optimizers, minutes, last_rate=0.01, backward=backward)
     save(policy.model.unload().requires_grad_(True), folder)
 
 
-def imitation(policy, play, s, episodes, adapter):
+def imitation(policy, play, s, times, adapter):
     """`backward` of `learn`: the loss of fresh episodes, all their actions and tips together.
 
-    adapter: is the adapter in use, or the model alone?
+    play: policy -> episodes that share a row; the advantage of a turn is its weight in what is
+    learnt. s: settings. times: plays a step. adapter: is it in use, or the model alone?
     """
 
     def backward(step):
-        rows = [pack(list(training_pairs(play(policy), s))) for _ in range(episodes)]
+        rows = []
+        for _ in range(times):
+            rows.append(pack([pair for e in play(policy) for pair in training_pairs(e, s)]))
         spans = [span for row in rows for span in row.spans]
         total = sum(pair.advantage * len(pair.action) for _, pair in spans)
         loss_sum = 0.0
