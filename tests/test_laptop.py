@@ -4,11 +4,16 @@ One task and sampled evaluations.  pytest tests/test_laptop.py
 """
 
 import json
+import random
+import re
 import subprocess
 import sys
 
+import numpy as np
 from conftest import ROOT
 
+from envs import UNKNOWN
+from experiments.shuffled_tips import ShuffledTips
 from standin import make_house, make_stages
 
 
@@ -30,6 +35,39 @@ def test_the_player_of_scienceworld_does_too():
     assert shares["told all: actions well-formed"] > 0.9
     assert shares["claims in its own tips"] > 50
     assert shares["of them true"] > 0.9
+
+
+def test_a_player_that_recalls_says_what_its_tip_will():
+    player = make_stages.Player(random.Random(0), recall=True)
+    player.hear("teleport to outside", "", 8)
+    task = "focus on the life stages of the lemon plant, located outside."
+    facts = [("first", "seed"), ("second", "dead"), ("second", "adult")]
+    lines = []
+    for observation, score in (("You focus", 33), (UNKNOWN, 33), ("You focus", 58)):
+        lines.append(player.say(task, facts))
+        player.hear(lines[-1], observation, score)
+    assert lines == [
+        "first seed: focus on lemon seed",
+        "first seed, second dead: focus on dead lemon tree",
+        "first seed, second adult: focus on adult lemon tree",
+    ]
+    assert (
+        make_stages.tip_of(58, player.found) == "Score 58: first seed, second adult, third unknown."
+    )
+
+
+def test_shuffled_tips_keep_all_but_what_they_say():
+    memory = ShuffledTips()
+    draw = random.Random(0)
+    told = [make_stages.tip_of(0, draw.sample(make_stages.STAGES, 3)) for _ in range(50)]
+    for text in told * 2:
+        memory.add(np.ones(2), text, 58, "task")
+    held = memory.slots["task"]
+    assert len(held.texts) <= len(told), "the same tip is told the same way"
+    form = "Score 0: first \\w+, second \\w+, third \\w+, fourth unknown."
+    assert all(re.fullmatch(form, text) for text in held.texts)
+    assert len({*held.texts} & {*told}) < 5
+    assert set(held.scores) == {58}
 
 
 def test_empo2_beats_grpo_and_the_off_policy_update_is_why(tmp_path):

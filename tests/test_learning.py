@@ -62,16 +62,16 @@ def random_player(tmp_path_factory):
     """A Qwen2 of 0.2 M parameters that imitates random valid actions: well-formed, and aimless."""
     folder = tmp_path_factory.mktemp("player")
     rng = random.Random(0)
-    dialogues = list(random_dialogues(rng, 400))
+    dialogues = list(random_dialogues(rng, 300))
     corpus = [f"{role}\n{text}\n" for dialogue in dialogues for role, text in dialogue]
     write_checkpoint(folder, hidden=96, vocab=420, scale=0.02, corpus=corpus)
     policy = Policy.load(str(folder))
     examples = [as_ids(policy, dialogue) for dialogue in dialogues]
     model = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 250)
     torch.manual_seed(0)
-    for _ in range(500):
+    for _ in range(250):
         batch = rng.sample(examples, 16)
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])

@@ -202,7 +202,7 @@ def agree(task, ours, theirs):
 
 
 def test_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
-    """45 solutions, in eight interleaved simulators of one JVM: the same scores, step by step."""
+    """30 solutions, in eight interleaved simulators of one JVM: the same scores, step by step."""
     from scienceworld import ScienceWorldEnv
 
     slow = "get_valid_action_object_combinations"
@@ -211,7 +211,7 @@ def test_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
     monkeypatch.setenv("PATH", os.path.dirname(scienceworld.find_java()), prepend=os.pathsep)
     stock, theirs, paths = ScienceWorldEnv(envStepLimit=10**6), {}, {}
     tasks = make("scienceworld").tasks()
-    episodes = [(task, 0) for task in tasks] + [(task, 3) for task in tasks[::2]]
+    episodes = [(task, 3 * (number % 2)) for number, task in enumerate(tasks)]
     for episode in episodes:
         stock.load(*episode, "easy", generateGoldPath=True)
         paths[episode] = stock.get_gold_action_sequence()
@@ -223,7 +223,7 @@ def test_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
             if over:
                 break
     stock.close()
-    assert sum(scores[-1] == 100 for scores in theirs.values()) >= 44
+    assert sum(scores[-1] == 100 for scores in theirs.values()) >= 29
 
     waiting, ours = list(episodes), {episode: [] for episode in episodes}
     running = dict.fromkeys(make("scienceworld", step_limit=10**6) for _ in range(8))
