@@ -94,10 +94,10 @@ EXPERIMENTS = {
         --
         --env scienceworld --env-options thoughts=true --model smollm2-stages --step-limit 5
         --variations 2 --tasks-per-iteration 2 --iterations 20
-        --memory-prob 0.5 --mode-level episode --memory-key task --memory-scope task --max-tips 4
+        --memory-prob 0.5 --mode-level episode --memory-key task --memory-scope task --max-tips 2
         --advantage-eps 10 --pack group
         --learning-rate 5e-4 --max-grad-norm 0.1 --minibatch-episodes 8 --micro-tokens 2048
-        --action-tokens 24 --tip-tokens 40
+        --action-tokens 32 --tip-tokens 40
         --save-every 5 --eval-every 5
         --eval-variations 4 --eval-episodes 4
     """,
