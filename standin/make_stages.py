@@ -127,8 +127,8 @@ def called(stage, plant):
 class Player:
     """What it knows in an episode.
 
-    lucky: how often it guesses what is right (to see more). recall: does it say in every line what
-    was found so far, as its tip will?
+    lucky: how often it guesses what is right (to see more). recall: does it say in every line
+    whether the last one worked, and what was found so far, as its tip will?
     """
 
     def __init__(self, rng, lucky=0.0, recall=False):
@@ -138,6 +138,7 @@ class Player:
         self.found = []  # the stages in order
         self.tried = []
         self.there = False
+        self.worked = ""  # did the last try? Nothing was tried yet
 
     def say(self, task_text, facts, order=None):
         """Its next line. facts: (number, stage) as the tips tell; order: the truth, for luck."""
@@ -156,7 +157,9 @@ class Player:
             tried = self.tried if self.rng.random() < 0.8 else []
             stage = self.rng.choice([stage for stage in STAGES if stage not in tried])
         self.last = stage
-        thought = numbered([*self.found, stage]) if self.recall else f"try {number} {stage}"
+        thought = f"try {number} {stage}"
+        if self.recall:
+            thought = self.worked + numbered([*self.found, stage])
         return f"{thought}: focus on {called(stage, plant)}"
 
     def hear(self, line, observation, score):
@@ -165,8 +168,10 @@ class Player:
             self.there = True
         else:
             self.tried.append(self.last)
+            self.worked = "no, "
             if observation != UNKNOWN and score >= 0:
                 self.found.append(self.last)
+                self.worked = "yes, "
 
 
 def tip_of(score, found):
@@ -209,7 +214,7 @@ def play(policy, env, rng, variation, recall=False):
     env.step_limit = rng.randint(4, 8)
     often = rng.choice((0, 0, 0.5, 0.9, 1))
     tips = random_tips(env, rng)
-    player = Player(rng, lucky=0.5, recall=recall)
+    player = Player(rng, lucky=rng.choice((0.1, 0.5)) if recall else 0.5, recall=recall)
     while not episode.ended:
         shown = tips if rng.random() < often else []
         rollout.open_turn(policy, playing, shown, SETTINGS)

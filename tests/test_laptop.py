@@ -48,8 +48,8 @@ def test_a_player_that_recalls_says_what_its_tip_will():
         player.hear(lines[-1], observation, score)
     assert lines == [
         "first seed: focus on lemon seed",
-        "first seed, second dead: focus on dead lemon tree",
-        "first seed, second adult: focus on adult lemon tree",
+        "yes, first seed, second dead: focus on dead lemon tree",
+        "no, first seed, second adult: focus on adult lemon tree",
     ]
     assert (
         make_stages.tip_of(58, player.found) == "Score 58: first seed, second adult, third unknown."
