@@ -1,12 +1,13 @@
 """EMPO² on the stages of a plant's life with a memory whose tips tell nothing: its content counts.
 
 Every tip keeps its form, its score and its place in the order, but the stages that it names are
-exchanged for words drawn from the list, the same for the same tip.
+exchanged for words drawn from the list, the same for the same tip. The rest is as in the experiment
+"stages" of sweep.py.
 
-  python -m experiments.shuffled_tips RUN_DIR --seed 0    the run of `sweep stages`; more settings
-                                                          of train.py may follow
+  python -m experiments.shuffled_tips runs/shuffled-0 --seed 0
 """
 
+import argparse
 import random
 import shlex
 import sys
@@ -26,8 +27,19 @@ class ShuffledTips(memory.TipMemory):
         super().add(key, said, score, slot)
 
 
-if __name__ == "__main__":
+def main():
+    """One run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", help="folder of the run")
+    parser.add_argument("--seed", default="0")
+    args = parser.parse_args()
     memory.TipMemory = ShuffledTips
     _, _, settings = EXPERIMENTS["stages"].partition("--\n")
-    run_dir, *more = sys.argv[1:]
-    train.main([*shlex.split(settings), "--tasks", TASK, "--run-dir", run_dir, *more])
+    own = ["--tasks", TASK, "--run-dir", args.run_dir, "--seed", args.seed]
+    return train.main([*shlex.split(settings), *own])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -93,12 +93,12 @@ EXPERIMENTS = {
         --presets grpo empo2
         --
         --env scienceworld --env-options thoughts=true --model smollm2-stages --step-limit 5
-        --variations 2 --tasks-per-iteration 2 --iterations 20
+        --variations 2 --tasks-per-iteration 2 --iterations 16
         --memory-prob 0.5 --mode-level episode --memory-key task --memory-scope task --max-tips 2
         --advantage-eps 10 --pack group
         --learning-rate 5e-4 --max-grad-norm 0.1 --minibatch-episodes 8 --micro-tokens 2048
         --action-tokens 32 --tip-tokens 40
-        --save-every 5 --eval-every 5
+        --save-every 4 --eval-every 4
         --eval-variations 4 --eval-episodes 4
     """,
     # Table 1 of the paper, a run for each of its tasks: for a GPU
@@ -120,7 +120,7 @@ EXPERIMENTS = {
     """,
 }
 # Minutes of a run beside another, on two cores of a shared Intel Xeon (results/)
-MINUTES = {"laptop": 11, "credit": 13, "scienceworld": 6, "stages": 10}
+MINUTES = {"laptop": 11, "credit": 13, "scienceworld": 6, "stages": 10, "smollm2": 25}
 
 
 # --- The cells ---

@@ -8,11 +8,12 @@ Two names for --model then stand for folders in models/, which are made at their
   smollm2-stages   the same after a warm start: the adapter in standin/smollm2/ is merged into it
 
 The warm start is supervised. It imitates the scripted player of make_stages.py on the same made-up
-tasks, and knows of ScienceWorld what that one's docstring says.
+tasks, and knows of ScienceWorld what that one's docstring says. Its thought is whether the last try
+worked, and what its tip would be: "no, first seed, second pupa: focus on pupa lemon tree".
 
   python -m standin.smollm2 --check                   what smollm2-stages can do, in the simulator
   python -m standin.smollm2 --check --model smollm2   what it could before
-  python -m standin.smollm2 --force                   the warm start, 50 minutes on a core
+  python -m standin.smollm2 --force                   the warm start, an hour on a core
 """
 
 import importlib.util
@@ -91,7 +92,7 @@ def warm_start(out, minutes, seed):
 
 def main():
     """The warm start, or what a model can do."""
-    parser = tiny.command_line(__doc__, ADAPTER, minutes=50)
+    parser = tiny.command_line(__doc__, ADAPTER, minutes=60)
     parser.add_argument("--check", action="store_true", help="make nothing, only measure")
     parser.add_argument("--model", default="smollm2-stages", help="to be checked")
     args = parser.parse_args()
