@@ -13,8 +13,8 @@ other reading.
  2. An off-policy ratio divides by π_old(a | s, u), without tips (§4.2, Alg. 1), evaluated before
     the update. `denominator="tips"` divides by the sampled π_old(a | s, u, tips) (Table 3,
     authors); the ratio then starts near 0 on exactly those tokens that the tip decided.
- 3. The low-probability mask is per token, under π_θ, in every mode (authors: off by default; by
-    old log-probs it drops whole turns). Eq. 2 masks the policy term; the KL term is not masked.
+ 3. The low-probability mask is per token, under π_θ, in every mode (authors: off by default; drops
+    whole turns, by their old log-probs). Eq. 2 masks the policy term; the KL term is not masked.
     The k3 estimate of KL is one on tokens that π_θ could have drawn, hence not on off-policy ones,
     where a single token can outweigh the rest; β is 0 by default.
  4. The intrinsic reward is 1/n over a store of distinct states, in every rollout, and part of the
@@ -24,8 +24,8 @@ other reading.
     earlier in the same episode, so equal episodes of a group get equal rewards.
  5. Retrieved tips: similarity >= 0.5, then the 10 best by score (authors). `tip_rank=similarity`
     takes the most similar ones (paper). Of equals the one that served better goes first: the mean
-    score of the episodes that told it or were shown it. Else a false tip, once told after a good
-    episode, would lead the rest for ever. Then the newer one.
+    score of the episodes that wrote it or were shown it. Else a false tip, once written after a
+    good episode, would lead the rest for ever. Then the newer one.
  6. Memory key and query: task text and current observation; a tip is stored under the last state
     of its episode. `memory_key="task"`: task text alone. (Authors: the prompt's beginning, cut by
     a 256-token encoder.) With the task text in the key nearly all states of a task are similar

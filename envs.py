@@ -168,10 +168,6 @@ class Env(abc.ABC):
         info = {"score": score, "action": action}
         return observation, reward, terminated, truncated, info
 
-    def close(self) -> None:
-        """End the episode. The object may still be reset()."""
-        self._running = False
-
     def _count(self, task: str) -> int:
         if task not in self.tasks():
             raise unknown("task", task, self.tasks())

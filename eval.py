@@ -5,6 +5,7 @@
   python eval.py runs/scienceworld-power-component-0 --protocol ood --tasks find-plant
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant --protocol ood
+  python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant -- --shots 2
 
 id    each task once, without memory (§5): first 20 test variations x 4 episodes, temperature 0.4
 ood   each task ten times (§6.1): trial 0 without memory, trials 1-9 with tips at every turn, from a
@@ -12,8 +13,10 @@ ood   each task ten times (§6.1): trial 0 without memory, trials 1-9 with tips 
       say how much a trial is: here the first 20 test variations, an episode of each. With a base
       model this is Reflexion.
 
-Both with the step limits of the run, or else the environment's. The same command continues what was
-stopped: a finished task (id) or trial (ood) is written at once and not repeated.
+What follows -- are settings of train.py, where they shall be other than the run's: --env,
+--rollout-batch, --load-in-4bit. The step limits are those of the run, or else the environment's.
+The same command continues what was stopped: a finished task (id) or trial (ood) is written at once
+and not repeated.
 
 Prints a table, beside the paper's numbers, draws a picture, and writes all scores and tips as JSON.
 Five figures come from the same episodes, because the literature reports different ones: the raw
@@ -38,12 +41,17 @@ import hardware
 import memory
 import rollout
 import runs
+import settings
 from envs import EnvFault
 from experiments import paper, report
 from rollout import no_progress
-from settings import Settings, is_standin
 
 TRIALS = {"id": 1, "ood": 10}
+# Settings that an evaluation depends on, beside those of its protocol
+RECORDED = (
+    "tasks env_options model dtype load_in_4bit context shots history action_tokens"
+    " action_correction seed"
+).split()
 
 
 # --- Evaluation (§5) ------------------------------------------------------------------------------
@@ -68,12 +76,12 @@ def figures(episodes):
 
 
 def evaluate(
-    policy, envs, pool, episodes, s, rng, progress=no_progress, tips=None, embed=None, tell=False
+    policy, envs, pool, episodes, s, rng, progress=no_progress, tips=None, embed=None, write=False
 ):
     """Play `episodes` of each (task, variation) of the pool, without learning -> the episodes.
 
     At s.eval_temperature; tip-free, or with the memory `tips` at every turn, which needs `embed`.
-    tell: each episode's tip is written, at the training temperature; no memory is changed.
+    write: each episode's tip is written, at the training temperature; no memory is changed.
     """
     jobs = []
     for group, (task, variation) in enumerate(pool):
@@ -85,7 +93,7 @@ def evaluate(
         played = []
         waves = rollout.rollout(policy, envs, jobs, tips, embed, playing, rng, EnvFault, progress)
         for wave in waves:
-            if tell:
+            if write:
                 rollout.write_tips(policy, wave, s, progress)
             played += wave
         played = rollout.gather(played)
@@ -108,7 +116,6 @@ def table(played):
 # --- The protocols --------------------------------------------------------------------------------
 def run_parts(args, s, adapter, parts, save):
     """Play what is missing of the parts, a list of trials of tasks; `save` is called after each."""
-    policy = runs.load_policy(s, adapter)
     embed = memory.embedder(s.embedder)
     env = runs.make_env(s)
     pool = runs.task_pool(env, s.tasks, args.split, args.variations)
@@ -118,6 +125,7 @@ def run_parts(args, s, adapter, parts, save):
     if args.memory:
         tips.load(adapter / "tips.npz")
         require_tips(tips, pool, s)
+    policy = runs.load_policy(s, adapter)
     done = {(part["task"], part["trial"]): part for part in parts}
     with tqdm(desc="evaluating", bar_format="{desc} {elapsed}") as bar:
         for task in s.tasks:
@@ -135,10 +143,18 @@ def run_parts(args, s, adapter, parts, save):
                     part = play(policy, envs, own_pool, trial, shown, embed, args, s, progress)
                     parts.append(part)
                     save()
-                # Also after a stop: the memory follows from what is written.
-                keys = embed([tip["state"] for tip in part["tips"]])
-                for tip, key in zip(part["tips"], keys, strict=True):
-                    tips.add(key, tip["text"], tip["score"], tip["slot"])
+                if args.protocol == "ood":  # also after a stop: it follows from what is written
+                    remember(part["played"], tips, embed)
+
+
+def remember(played, tips, embed):
+    """What `rollout.store_tips` does with episodes, of those in the file."""
+    for episode in played:
+        tips.judge(episode["tips_shown"], episode["score"], episode["slot"])
+    writers = [episode for episode in played if episode["tip"]]
+    keys = embed([episode["state"] for episode in writers])
+    for episode, key in zip(writers, keys, strict=True):
+        tips.add(key, episode["tip"], episode["score"], episode["slot"])
 
 
 def require_tips(tips, pool, s):
@@ -153,26 +169,14 @@ def require_tips(tips, pool, s):
 
 
 def play(policy, envs, pool, trial, shown, embed, args, s, progress):
-    """One trial of one task -> its row, its episodes and (ood) the tips that they wrote."""
+    """One trial of one task -> its row and its episodes."""
     task = pool[0][0]
     rng = np.random.default_rng([args.seed, zlib.crc32(task.encode()), trial])
-    tell = args.protocol == "ood"
+    write = args.protocol == "ood"
     played = evaluate(
-        policy, envs, pool, args.episodes, s, rng, progress, tips=shown, embed=embed, tell=tell
+        policy, envs, pool, args.episodes, s, rng, progress, tips=shown, embed=embed, write=write
     )
     turns = [turn for episode in played for turn in episode.turns]
-    tips = []
-    for episode in played:
-        if episode.tip:
-            last = episode.turns[-1].next_observation
-            tips.append(
-                {
-                    "state": rollout.memory_text(episode, last, s.memory_key),
-                    "text": episode.tip,
-                    "score": episode.score,
-                    "slot": rollout.memory_slot(episode.job, s.memory_scope),
-                }
-            )
     return {
         "task": task,
         "trial": trial,
@@ -180,13 +184,18 @@ def play(policy, envs, pool, trial, shown, embed, args, s, progress):
         "episodes_dropped": len(pool) * args.episodes - len(played),
         "turns": len(turns),
         "memory_turns": sum(bool(turn.tips) for turn in turns),
-        "tips": tips,
         "played": [
             {
                 "variation": episode.job.variation,
                 "score": episode.score,
                 "turns": len(episode.turns),
                 "ended": episode.ended,
+                "tips_shown": sorted({tip for turn in episode.turns for tip in turn.tips}),
+                "tip": episode.tip,
+                "state": rollout.memory_text(
+                    episode, episode.turns[-1].next_observation, s.memory_key
+                ),
+                "slot": rollout.memory_slot(episode.job, s.memory_scope),
             }
             for episode in played
         ],
@@ -196,7 +205,7 @@ def play(policy, envs, pool, trial, shown, embed, args, s, progress):
 def show(protocol, parts, picture):
     """Print the protocol and the table, and draw the picture; ood has a row for every trial."""
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
-    if is_standin(protocol["model"]):  # its numbers do not stand beside the paper's
+    if settings.is_standin(protocol["model"]):  # its numbers do not stand beside the paper's
         parts = [{**part, "task": f"{part['task']} (stand-in)"} for part in parts]
     columns = ("episodes", "turns", "memory_turns", *FIGURES)
     ood = protocol["protocol"] == "ood"
@@ -241,10 +250,6 @@ def parse(argv):
     add("--model", help="evaluate this base model (hub id or folder) instead of a run")
     add("--protocol", default="id", choices=TRIALS, help="see above (default id)")
     add("--memory", action="store_true", help="id with the checkpoint's tips, at every turn")
-    add("--env", help="environment [the run's, or scienceworld]")
-    add("--env-options", nargs="+", help="of the environment, as in train.py [the run's]")
-    add("--history", type=int, help="earlier turns in a prompt [the run's, or 0: all]")
-    add("--action-tokens", type=int, help="longest action [the run's, or 32]")
     add("--tasks", nargs="+", help="task names [the run's]; ood must be given them")
     add("--split", default="test", choices=["train", "dev", "test"])
     add("--variations", type=int, default=20, help="first ones of the split (default 20)")
@@ -252,7 +257,9 @@ def parse(argv):
     add("--temperature", type=float, default=0.4, help="0 = greedy (default 0.4)")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON file [RUN/eval-PROTOCOL-SPLIT-N.json, or ...-base.json]")
-    args = parser.parse_args(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.settings = argv[cut + 1 :]
     if args.episodes is None:
         args.episodes = 4 if args.protocol == "id" else 1
     if bool(args.run) == bool(args.model):
@@ -292,27 +299,20 @@ def describe(args, s, adapter):
     return {
         "protocol": args.protocol,
         "environment": env.VERSION,
-        "env_options": s.env_options,
-        "tasks": s.tasks,
         "split": args.split,
         "variations": args.variations,
         "episodes_per_variation": args.episodes,
         "temperature": args.temperature,
         "memory": shown,
         "step_limits": {task: env.limit(task) for task in s.tasks},
-        "seed": args.seed,
-        "model": s.model,
         "adapter": str(adapter),
-        "shots": s.shots,
-        "history": s.history,
-        "action_tokens": s.action_tokens,
-        "action_correction": s.action_correction,
+        **{name: getattr(s, name) for name in RECORDED},
     }
 
 
 def run(args):
     """Evaluate, or go on with it. Returns the file that holds the result."""
-    s = Settings()
+    s = settings.Settings()
     adapter = None
     name = "base"
     folder = Path()
@@ -321,10 +321,14 @@ def run(args):
         s, _ = runs.read_checkpoint(adapter)
         name = adapter.name.removeprefix("checkpoint-")
         folder = adapter.parent
-    changed = {"seed": args.seed, "eval_temperature": args.temperature}
-    for option in ("model", "env", "tasks", "env_options", "history", "action_tokens"):
+    changed = {"rollout_batch": None, "decode_graph": None}  # as this machine can
+    other, _ = settings.parse(args.settings)
+    for option in settings.given(args.settings):
+        changed[option] = getattr(other, option)
+    for option in ("model", "tasks"):
         if getattr(args, option) is not None:
             changed[option] = getattr(args, option)
+    changed |= {"seed": args.seed, "eval_temperature": args.temperature}
     s, _ = hardware.defaults(dataclasses.replace(s, **changed))
     protocol = describe(args, s, adapter)
     memory_part = "-memory" if args.memory else ""
@@ -347,6 +351,7 @@ def run(args):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

@@ -87,18 +87,4 @@ def defaults(s):
         if getattr(s, setting) is None:
             chosen[setting] = value
             reasons.append(f"  {setting} = {value}  ({where}: {why})")
-    s = dataclasses.replace(s, **chosen)
-    require_memory(s)
-    return s, reasons
-
-
-def require_memory(s):
-    """Raise ValueError if the dialogues of an iteration cannot fit this machine."""
-    episodes = s.tasks_per_iteration * s.group_size
-    needed = episodes * s.context * 100 / 1e9  # ids, log-probs and text: bytes a token, roughly
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    if needed > there:
-        raise ValueError(
-            f"{episodes} episodes an iteration may need {needed:.0f} GB, this machine has "
-            f"{there:.0f}; lower --group-size or --tasks-per-iteration"
-        )
+    return dataclasses.replace(s, **chosen), reasons

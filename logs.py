@@ -14,18 +14,19 @@ def rollout_metrics(episodes, jobs, learner):
     turns = [turn for episode in episodes for turn in episode.turns]
     with_tips = [turn for turn in turns if turn.tips]
     scores = [episode.score for episode in episodes]
-    told = []
-    untold = []
+    with_memory = []
+    without_memory = []
     for episode in episodes:
-        group = told if any(turn.tips for turn in episode.turns) else untold
+        shown = any(turn.tips for turn in episode.turns)
+        group = with_memory if shown else without_memory
         group.append(episode.score)
     return {
         "score": float(np.mean(scores)),
         "score_best": max(scores),
         "score_std": float(np.std(scores)),
         "success": float(np.mean([score == 100 for score in scores])),
-        "score_with_memory": float(np.mean(told)) if told else None,
-        "score_without_memory": float(np.mean(untold)) if untold else None,
+        "score_with_memory": float(np.mean(with_memory)) if with_memory else None,
+        "score_without_memory": float(np.mean(without_memory)) if without_memory else None,
         "intrinsic": sum(turn.novelty for turn in turns) / len(episodes),
         "episodes": len(episodes),
         "episodes_dropped": jobs - len(episodes),

@@ -29,7 +29,7 @@ class TipSlot:
     keys: np.ndarray  # [room, d] float32, of which the first len(texts) are used
     texts: list[str]
     scores: list[float]
-    totals: list[float]  # the sum of the scores of the episodes that told a tip or were shown it
+    totals: list[float]  # the sum of the scores of the episodes that wrote a tip or were shown it
     trials: list[int]  # how many these are
 
 
@@ -39,7 +39,7 @@ class TipMemory:
     capacity: tips per slot, the oldest are dropped. threshold: least cosine similarity of a
     retrieved tip. max_tips: most at once. rank: which of the similar ones, by "score" or by
     "similarity". Of equals the one that served better goes first, by the mean score of the episodes
-    that told it or were shown it, then the newer one.
+    that wrote it or were shown it (both: counted twice), then the newer one.
     """
 
     def __init__(self, capacity=1000, threshold=0.5, max_tips=10, rank="score"):

@@ -352,11 +352,12 @@ def tip_prompt(policy, episode, context):
         if not episode.history:
             dialogue += policy.closing(turns[-1].action_ids)
         message = policy.message("user", f"{observation}\n\n{request}")
-        if len(dialogue) + len(message) <= context or not observation:
-            return dialogue + message + policy.header
-        if episode.history and len(turns) > episode.history:
+        fits = len(dialogue) + len(message) <= context
+        if not fits and episode.history and len(turns) > episode.history:
             turns = turns[1:]
             continue
+        if fits or not observation:
+            return dialogue + message + policy.header
         observation = observation.removesuffix(CUT)
         observation = observation[: len(observation) // 2]
         observation += CUT if observation else ""
@@ -370,9 +371,9 @@ def store_tips(episodes, memory, embed, s):
     for episode in episodes:
         shown = {tip for turn in episode.turns for tip in turn.tips}
         memory.judge(shown, episode.score, memory_slot(episode.job, s.memory_scope))
-    told = [episode for episode in episodes if episode.tip]
-    keys = embed([memory_text(e, e.turns[-1].next_observation, s.memory_key) for e in told])
-    for episode, key in zip(told, keys, strict=True):
+    writers = [episode for episode in episodes if episode.tip]
+    keys = embed([memory_text(e, e.turns[-1].next_observation, s.memory_key) for e in writers])
+    for episode, key in zip(writers, keys, strict=True):
         slot = memory_slot(episode.job, s.memory_scope)
         memory.add(key, episode.tip, episode.score, slot)
 

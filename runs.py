@@ -80,8 +80,19 @@ def make_env(s):
 
 
 def task_pool(env, tasks, split, variations):
-    """[(task, variation)]: the first variations of a split, of each task."""
-    return [(task, v) for task in tasks for v in env.variations(task, split)[:variations]]
+    """[(task, variation)]: the first variations of a split, of each task.
+
+    Raises ValueError where there is nothing to play.
+    """
+    if not tasks:
+        raise ValueError("name the tasks: --tasks NAME ...")
+    pool = []
+    for task in tasks:
+        chosen = env.variations(task, split)[:variations]
+        if not chosen:
+            raise ValueError(f"{task} has no {split} variations")
+        pool += [(task, variation) for variation in chosen]
+    return pool
 
 
 def make_memory(s):
@@ -246,7 +257,7 @@ def load_checkpoint(folder, learner, s):
     learner.tip_memory.load(folder / "tips.npz")
     learner.novelty.load(folder / "novelty.npz")
     try:
-        weights = torch.load(folder / "optimizer.pt", weights_only=True)
+        weights = torch.load(folder / "optimizer.pt", "cpu", weights_only=True)
         learner.optimizer.load_state_dict(weights)
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         raise ValueError(f"{folder / 'optimizer.pt'}: unreadable ({first_line(error)})") from error
@@ -256,6 +267,11 @@ def load_checkpoint(folder, learner, s):
 
 
 # --- Logs -----------------------------------------------------------------------------------------
+def was_evaluated(run_dir, iteration):
+    """Has the run an evaluation of this iteration, which a resume has to repeat?"""
+    return any(line["iteration"] == iteration for line in records(run_dir / "evals.jsonl"))
+
+
 @processes.only_first
 def open_logs(run_dir, start):
     """Make the logs of a new run; of one that goes on keep what came before iteration `start`.

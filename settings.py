@@ -140,6 +140,8 @@ class Settings:
                 if value is not None and not fits(value):
                     flag = name.replace("_", "-")
                     raise ValueError(f"--{flag} is {value}; it must {what}")
+        if self.history and self.pack == "group":
+            raise ValueError("--history leaves prompts little to share; use --pack episode")
 
 
 RANGES = (

@@ -80,6 +80,7 @@ def train(s, run_dir, start=None):
     learner = runs.make_learner(s, None if start is None else run_dir / f"checkpoint-{start}")
     envs, pool, eval_pool = make_envs(learner.policy, s)
     embed = memory.embedder(s.embedder)
+    again = processes.from_first(runs.was_evaluated, run_dir, start)
     runs.open_logs(run_dir, start)
     runs.write_json(run_dir / "settings.json", dataclasses.asdict(s))
     interrupted = finish_on_interrupt()
@@ -94,7 +95,8 @@ def train(s, run_dir, start=None):
         for iteration in range(start or 0, s.iterations + 1):
             stopping = bool(processes.gather(interrupted))  # asked once: what stops is saved
             stop = iteration == s.iterations or stopping
-            due = s.eval_every and (iteration % s.eval_every == 0 or iteration == s.iterations)
+            due = iteration == s.iterations or (again and iteration == start)
+            due = s.eval_every and (due or iteration % s.eval_every == 0)
             if iteration % s.save_every == 0 or stop or due:
                 runs.save_checkpoint(run_dir, iteration, learner, s)
             if due and not stopping:
@@ -253,7 +255,7 @@ def summarise(s, run_dir):
             f"tip-free score {before['score']:.1f} -> {after['score']:.1f}, "
             f"solved {before['success']:.0%} -> {after['success']:.0%}, "
             f"after {after['training_episodes']} episodes"
-            + (" (the stand-in's: no result)" if settings.is_standin(s.model) else "")
+            + (" (not to be compared with the paper's)" if settings.is_standin(s.model) else "")
         )
     print(f"look at its episodes: python -m experiments.view {run_dir}")
     print(f"go on: python train.py --resume --run-dir {run_dir} --iterations {2 * s.iterations}")

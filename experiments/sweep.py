@@ -1,6 +1,6 @@
 """Compare presets over tasks and seeds: a run of train.py for each, then a table and a picture.
 
-  python -m experiments.sweep laptop              # one of EXPERIMENTS below
+  python -m experiments.sweep stages  # or laptop, credit, scienceworld, smollm2, paper, webshop
   python -m experiments.sweep laptop --seeds 7 --presets empo2  # what comes later counts
   python -m experiments.sweep --out sweeps/mine --tasks find-plant find-animal -- --eval-every 5
   python -m experiments.sweep --out sweeps/mine --report  # only the report, also meanwhile
@@ -93,7 +93,7 @@ EXPERIMENTS = {
         --presets grpo empo2
         --
         --env scienceworld --env-options thoughts=true --model smollm2-stages --step-limit 5
-        --variations 2 --tasks-per-iteration 2 --iterations 16
+        --variations 2 --tasks-per-iteration 2 --iterations 24
         --memory-prob 0.5 --mode-level episode --memory-key task --memory-scope task --max-tips 2
         --advantage-eps 10 --pack group
         --learning-rate 5e-4 --max-grad-norm 0.1 --minibatch-episodes 8 --micro-tokens 2048
@@ -120,7 +120,7 @@ EXPERIMENTS = {
     """,
 }
 # Minutes of a run beside another, on two cores of a shared Intel Xeon (results/)
-MINUTES = {"laptop": 11, "credit": 13, "scienceworld": 6, "stages": 10, "smollm2": 25}
+MINUTES = {"laptop": 11, "credit": 13, "scienceworld": 6, "stages": 10, "smollm2": 35}
 
 
 # --- The cells ---
@@ -129,13 +129,13 @@ def setting(word):
     return word.removeprefix("--").split("=")[0].replace("-", "_")
 
 
-def without(shared, names):
-    """The shared settings (words of a command line) but these and their values."""
+def select(words, wanted):
+    """The settings of a command line, with their values, that are `wanted` by their name."""
     kept = []
     keep = True
-    for word in shared:
+    for word in words:
         if word.startswith("--"):
-            keep = setting(word) not in names
+            keep = wanted(setting(word))
         if keep:
             kept.append(word)
     return kept
@@ -152,15 +152,17 @@ def make_cells(args, shared):
             for preset in args.presets:
                 name = f"{folder}/{preset}/{seed}"
                 # train.py lets what is given go before the preset
-                argv = [*without(shared, PRESETS[preset]), "--preset", preset, "--seed", str(seed)]
-                cells[name] = [*argv, "--tasks", *tasks, "--run-dir", str(args.out / name)]
+                own = ["--preset", preset, "--seed", str(seed), "--tasks", *tasks]
+                argv = select(shared, lambda name, own=PRESETS[preset]: name not in own)
+                cells[name] = [*argv, *own, "--run-dir", str(args.out / name)]
     return cells
 
 
 def start(run_dir, argv, env):
     """Start or continue a run in a process of its own."""
     if runs.checkpoints(run_dir):
-        argv = ["--resume", "--run-dir", str(run_dir)]
+        may_change = select(argv, lambda name: name in runs.RESUMABLE)
+        argv = ["--resume", "--run-dir", str(run_dir), *may_change]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run_dir}.log", "ab") as log:
         return subprocess.Popen(

@@ -88,16 +88,16 @@ class OtherPlants(Env):
         if going and going[1] in ROOMS:
             self.there = going[1] == self.place
             points = self.step_points[self.found] if self.there else self.score
-            return f"You teleport to the {going[1]}.", points, False, action
+            return f"You teleport to the {going[1]}.", points, False, command
         for stage in [*self.order, self.wrong]:
             if self.there and command == f"focus on {called(stage, self.plant)}":
                 name = "seed" if stage == "seed" else "tree"
                 observation = f"You focus on the {self.plant} {name}."
                 if stage != self.order[self.found]:
-                    return observation, -100, True, action
+                    return observation, -100, True, command
                 self.found += 1
-                return observation, self.step_points[self.found], self.found == 4, action
-        return UNKNOWN, self.score, False, action
+                return observation, self.step_points[self.found], self.found == 4, command
+        return UNKNOWN, self.score, False, command
 
     def valid_actions(self):
         return []
@@ -325,7 +325,7 @@ def well_formed(turn, task_text):
     """Would it have been understood if the plant had this stage?"""
     plant = re.search(r"of the ([a-z ]+) plant", task_text)[1]
     known = [f"focus on {called(stage, plant)}" for stage in STAGES]
-    return turn.action.rpartition(":")[2].strip() in [*known, "teleport to outside"]
+    return turn.action in [*known, "teleport to outside"]
 
 
 def found_in(episode):
@@ -333,8 +333,7 @@ def found_in(episode):
     found = []
     for turn in episode.turns:
         if turn.reward > 0 and "focus on" in turn.action:
-            command = turn.action.rpartition(":")[2]
-            found.append(next(stage for stage in STAGES if f" {stage} " in f"{command} "))
+            found.append(next(stage for stage in STAGES if f" {stage} " in f"{turn.action} "))
     return found
 
 

@@ -36,7 +36,7 @@ def test_the_examples_in_docstrings_are_true(module):
 
 
 def test_contract(name):
-    """Types, keys, rewards that sum to the score, a gold path that reaches 100, use after close."""
+    """Types, keys, rewards that sum to the score, a gold path that reaches 100, another episode."""
     env, task = make(name, step_limit=40), TASK[name]
     observation, info = env.reset(task, 0)
     assert observation
@@ -58,7 +58,6 @@ def test_contract(name):
     assert total == 100
     with pytest.raises(RuntimeError, match="reset"):
         env.step("look around")
-    env.close()
     env.reset(task, 1)
     assert (env.steps, env.score) == (0, 0)
 

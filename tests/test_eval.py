@@ -18,6 +18,7 @@ from envs import make
 from experiments import paper
 from rollout import Episode, Job, Turn
 from settings import Settings
+from worlds.house import House
 from worlds.webshop import synthetic
 from worlds.webshop.env import WebShop
 
@@ -52,13 +53,14 @@ def test_a_run_and_a_base_model(run, checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in evaluation.FIGURES) and "paper" not in printed
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-    base = ["--model", checkpoint, "--env", "house", "--tasks", "fan", "--variations", 1]
-    result = evaluate(*base, "--out", tmp_path / "base.json")
+    base = ["--model", checkpoint, "--tasks", "fan", "--variations", 1]
+    house = ["--", "--env", "house"]
+    result = evaluate(*base, "--out", tmp_path / "base.json", *house)
     assert result["protocol"]["adapter"] == "None"
     assert result["protocol"]["step_limits"] == {"fan": 12}
 
 
-def test_bad_input_is_refused_in_one_line(run, checkpoint, tmp_path, capsys):
+def test_bad_input_is_refused_in_one_line(run, checkpoint, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.json"
     evaluate(run, "--variations", 1, "--out", out)
 
@@ -78,6 +80,11 @@ def test_bad_input_is_refused_in_one_line(run, checkpoint, tmp_path, capsys):
     assert "--memory is for" in refused("--model", checkpoint, "--memory")
     assert "did you mean" in refused(run, "--tasks", "radios", "--out", tmp_path / "new.json")
     assert "be positive" in refused(run, "--variations", "-1", "--out", tmp_path / "new.json")
+    new = [run, "--out", tmp_path / "new.json", "--"]
+    assert "lower --context" in refused(*new, "--context", "100000")
+    assert "unknown setting" in refused(*new, "--contexts", "100")
+    monkeypatch.setattr(House, "variation_count", lambda env, task: 1)
+    assert "radio has no dev variations" in refused(run, "--split", "dev", *new[1:])
     assert not (tmp_path / "new.json").exists()
 
 
@@ -85,7 +92,8 @@ def test_the_memory_of_a_checkpoint_is_shown_at_every_turn(run, tmp_path, capsys
     """No weight, no tip and no file of the run changes; without a tip it is refused."""
     before = {p: p.stat().st_mtime_ns for p in (run / "checkpoint-1").iterdir()}
     on = evaluate(run, "--memory", "--variations", 2, "--out", tmp_path / "on.json")
-    assert all(0 < p["memory_turns"] == p["turns"] and not p["tips"] for p in on["parts"])
+    assert all(0 < p["memory_turns"] == p["turns"] for p in on["parts"])
+    assert all(e["tips_shown"] and not e["tip"] for p in on["parts"] for e in p["played"])
     assert before == {p: p.stat().st_mtime_ns for p in (run / "checkpoint-1").iterdir()}
     other = [str(run), "--memory", "--tasks", "clock", "--out", str(tmp_path / "clock.json")]
     assert evaluation.main(other) == 2
@@ -101,12 +109,20 @@ def test_ood_fills_a_memory_and_moves_no_weight(run, tmp_path, monkeypatch, caps
         return policies[-1]
 
     monkeypatch.setattr(runs, "load_policy", load_policy)
+    memories = []
+    make_memory = runs.make_memory
+    monkeypatch.setattr(
+        runs, "make_memory", lambda s: memories.append(make_memory(s)) or memories[-1]
+    )
     tasks = ["clock", "printer"]
     command = [run, "--protocol", "ood", "--tasks", *tasks, "--variations", 3]
     parts = evaluate(*command, "--out", tmp_path / "ood.json")["parts"]
     assert [(p["task"], p["trial"]) for p in parts] == [(t, n) for t in tasks for n in range(10)]
     assert all(p["memory_turns"] == (p["turns"] if p["trial"] else 0) for p in parts)
-    assert {tip["slot"] for p in parts for tip in p["tips"]} == set(tasks)
+    assert {episode["slot"] for p in parts for episode in p["played"]} == set(tasks)
+    episodes = [episode for p in parts[10:] for episode in p["played"]]
+    judged = sum(bool(e["tip"]) + len(e["tips_shown"]) for e in episodes)
+    assert sum(memories[0].slots["printer"].trials) == judged, "a tip is judged when it is shown"
     trained = load_file(run / "checkpoint-1" / "adapter_model.safetensors")
     for name, weight in policies[0].model.named_parameters():
         if "lora" in name:
@@ -147,12 +163,12 @@ def follow_the_solution(monkeypatch):
 
     def load_policy(*args):
         policy = load(*args)
-        made.clear()
 
         def sample(prompts, uniforms, temperature, lanes):
             actions = []
+            played = [env for env in made if hasattr(env, "steps")]
             for lane in lanes:
-                action = made[lane].gold_path()[made[lane].steps]
+                action = played[lane].gold_path()[played[lane].steps]
                 actions.append([*policy.encode(action), policy.end_id])
             return actions, [[0.0]] * len(lanes)
 
@@ -172,8 +188,8 @@ SOLVED = dict(zip(evaluation.FIGURES, (100, 100, 100, 1, 0), strict=True))
 
 def test_a_player_that_knows_the_solutions_gets_100(checkpoint, tmp_path, monkeypatch):
     follow_the_solution(monkeypatch)
-    command = ["--model", checkpoint, "--env", "house", "--tasks", *TASKS]
-    result = evaluate(*command, "--out", tmp_path / "house.json")
+    command = ["--model", checkpoint, "--tasks", *TASKS, "--out", tmp_path / "house.json"]
+    result = evaluate(*command, "--", "--env", "house")
     assert [{f: p[f] for f in SOLVED} for p in result["parts"]] == [SOLVED] * 6
     assert all(p["variations"] == 20 and p["episodes"] == 80 for p in result["parts"])
 

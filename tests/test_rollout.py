@@ -229,6 +229,9 @@ def test_a_window_has_the_last_turns_without_their_tips_and_reasoning():
     assert policy.decode(whole) == f"{system}{first}{second}{third}{fourth}{request}"
     short = rollout.tip_prompt(policy, e, context=len(whole) - 2)
     assert policy.decode(short) == f"{system}{second}{third}{fourth}{request}"
+    e.turns[-1].next_observation = ""
+    silent = rollout.tip_prompt(policy, e, context=len(whole) - 9)
+    assert first not in policy.decode(silent) and fourth in policy.decode(silent)
 
 
 def test_the_context_limit_counts_the_window_alone():

@@ -149,8 +149,10 @@ def test_ctrl_c_lets_the_runs_save_and_the_same_command_continues(out):
     assert process.wait(timeout=60) == 130
     assert (out / "radio/grpo/0/saved").exists()
     (out.parent / "GO").touch()
-    assert sweep.main(command(out)) == 0
-    assert starts(out, "radio/grpo/0")[1] == ["--resume", "--run-dir", str(out / "radio/grpo/0")]
+    lower = ["--micro-tokens", "2048"]  # what may change on a resume does
+    assert sweep.main(command(out, shared=[*SHARED, *lower])) == 0
+    resume = ["--resume", "--run-dir", str(out / "radio/grpo/0")]
+    assert starts(out, "radio/grpo/0")[1] == [*resume, *lower]
 
 
 def test_a_failing_run_is_reported_and_the_others_go_on(out):
@@ -247,6 +249,8 @@ def test_the_report(tmp_path):
     write_run(grpo / "0", "find-plant", {0: 96.0, 2: 20.0, 4: 40.0})
     write_run(grpo / "1", "find-plant", {0: 0.0, 1: 90.0, 2: 50.0, 3: 60.0, 4: 70.0})
     write_run(tmp_path / "find-plant/empo2/0", "find-plant", {0: 96.0, 2: 30.0})
+    lost = {"iteration": 3, "training_episodes": 30, "seconds": 0, "seconds_training": 0}
+    runs.append(tmp_path / "find-plant/empo2/0/evals.jsonl", [lost | {"tasks": {}}])
     text = write_report(tmp_path, "a/model")
     _, summary, beside = text.split("\n## ")
     grpo, empo2 = [

@@ -24,6 +24,7 @@ import train
 from experiments import view
 from policy import Policy
 from settings import PRESETS
+from worlds.house import House
 
 SMALL = """
     --env house --tasks radio fan --env-options rooms=2 step_limit=4 --variations 1 --lora-r 2
@@ -158,6 +159,7 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatc
     assert "unknown option" in refused(capsys, *short, "--env-options", "attics=2")
     assert "name=value" in refused(capsys, *short, "--env-options", "rooms")
     assert "be positive" in refused(capsys, *new, "--eval-episodes", "0")
+    assert "use --pack episode" in refused(capsys, *new, "--pack", "group", "--history", "2")
     assert "between 0 and 1" in refused(capsys, *new, "--memory-prob", "2")
     assert "not be negative" in refused(capsys, *new, "--beta", "-1")
     assert "no room for even one turn" in refused(capsys, *short, "--context", "20")
@@ -167,7 +169,6 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatc
     assert "exists" in refused(capsys, *SMALL, "--run-dir", finished)
     assert "cannot change" in refused(capsys, "--resume", "--run-dir", finished, "--seed", "7")
     assert "invalid float value" in refused(capsys, *new, "--learning-rate", "abc")
-    assert "lower --group-size" in refused(capsys, *new, "--group-size", "10000000")
     assert "no such folder" in refused(capsys, *SMALL, "--model", "no/such", *new[2:])
     longer = refused(capsys, "--resume", "--run-dir", finished, "--iterations", "2")
     assert "can only make it longer" in longer
@@ -177,6 +178,8 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatc
     assert "tensorboards" in refused(capsys, *new, "--report-to", "tensorboards")
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     assert "pip install" in refused(capsys, *short, "--report-to", "tensorboard")
+    monkeypatch.setattr(House, "variation_count", lambda env, task: 1)
+    assert "has no train variations" in refused(capsys, *short)
     assert not (tmp_path / "new").exists(), "bad input leaves nothing behind"
 
 
@@ -209,7 +212,7 @@ def test_the_first_minutes(tmp_path):
     progress = [line for line in done.stderr.splitlines() if line.startswith("iteration ")]
     assert len(progress) == 2 and "tips shown" in progress[1] and "\r" not in done.stderr
     before_after, look, go_on = done.stdout.splitlines()[-3:]
-    assert "->" in before_after and "no result" in before_after
+    assert "->" in before_after and "not to be compared" in before_after
     assert view.main([look.split()[-1]]) == 0
     assert train.main(go_on.split("train.py ")[1].split()) == 0
     assert len(runs.records(run_dir / "metrics.jsonl")) == 4
@@ -355,6 +358,9 @@ def test_evaluations_disturb_nothing_and_survive_a_crash(finished, tmp_path):
     (copy / "evals.jsonl").write_text(text[: len(text) - 40])
     assert train.main(["--resume", "--run-dir", str(copy)]) == 0
     assert_same_run(copy, run_dir, 4)
+    assert train.main(["--resume", "--run-dir", str(run_dir), "--iterations", "5"]) == 0
+    evals = runs.records(run_dir / "evals.jsonl")
+    assert [e["iteration"] for e in evals] == [0, 3, 4, 5], "none is lost where a run goes on"
 
 
 def test_the_standin_plays_real_scienceworld_end_to_end(tmp_path):

@@ -114,9 +114,10 @@ class House(Env):
 
     def act(self, action: str) -> tuple[str, int, bool, str]:
         """Do what follows the last colon."""
-        verb, name = self._options().get(action.rpartition(":")[2].strip(), ("", ""))
+        command = action.rpartition(":")[2].strip()
+        verb, name = self._options().get(command, ("", ""))
         observation = self._do(verb, name)
-        return observation, self.points, self.solved, action
+        return observation, self.points, self.solved, command
 
     def anchor(self) -> str:
         """The room, what is open and what is carried: all that can change."""

@@ -268,7 +268,7 @@ class ScienceWorld(Env):
             better = closest_action(command, self.valid_actions())
             if better:
                 return *self._simulator.step(better), better
-        return observation, score, over, action
+        return observation, score, over, command
 
     def anchor(self) -> str:
         """What is seen and carried, the points so far and a question that awaits its number.
@@ -290,11 +290,6 @@ class ScienceWorld(Env):
         """The simulator's own solution."""
         _, turns = solve(self.task, self.variation, self.simplification, self.worker)
         return [action for action, _, _ in turns]
-
-    def close(self) -> None:
-        """End the episode and give the simulator back."""
-        super().close()
-        self._simulator = None
 
 
 def system_prompt(
