@@ -113,14 +113,19 @@ def test_unknown_text_is_sent_as_written_unless_corrected():
 
 def test_a_thought_is_asked_for_and_not_sent():
     said = "a stove: teleport to kitchen"
-    for thoughts, asked, seen in (
-        (True, "answer with THOUGHT: ACTION", "You teleport to the kitchen."),
-        (False, "without reasoning", UNKNOWN),
+    for thoughts, asked, seen, sent in (
+        (
+            True,
+            "answer with THOUGHT: ACTION",
+            "You teleport to the kitchen.",
+            "teleport to kitchen",
+        ),
+        (False, "without reasoning", UNKNOWN, said),
     ):
         env = make("scienceworld", thoughts=thoughts)
         assert asked in env.reset("boil", 0)[1]["prompt"]
         observation, _, _, _, info = env.step(said)
-        assert (observation, info["action"]) == (seen, said)
+        assert (observation, info["action"]) == (seen, sent)
 
 
 def test_wrong_focus_ends_the_episode():
