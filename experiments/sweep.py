@@ -191,6 +191,14 @@ def announce(cells, waiting, jobs, minutes):
     print(said, flush=True)
 
 
+def so_far(name, run_dir):
+    """A running cell and its newest tip-free score, for the progress bar."""
+    evals = runs.records(run_dir / "evals.jsonl")
+    if not evals:
+        return name
+    return f"{name}: {evals[-1]['score']:.1f} at {evals[-1]['iteration']}"
+
+
 def run_cells(out, cells, args, failed, save):
     """Run what is not finished; `failed` gets {name: why}, `save` is called after each cell."""
     jobs = args.jobs
@@ -208,8 +216,10 @@ def run_cells(out, cells, args, failed, save):
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
                 running[name] = start(out / name, cells[name], env)
-                bar.set_postfix_str(", ".join(running))
             time.sleep(0.2)
+            status = ", ".join(so_far(name, out / name) for name in running)
+            if status != bar.postfix:
+                bar.set_postfix_str(status)
             for name, process in list(running.items()):
                 if process.poll() is None:
                     continue

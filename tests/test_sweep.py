@@ -46,7 +46,8 @@ except KeyboardInterrupt:
     sys.exit(130)
 figures = {"share_100": 0.5, "mean": 30.0, "mean_clipped": 40, "best_reached": 50}
 tasks = {run_dir.parts[-3]: figures | {"share_minus_100": 0.1}}
-line = {"iteration": 4, "training_episodes": 8, "seconds": 1, "seconds_training": 2, "tasks": tasks}
+line = {"iteration": 4, "score": 30.0, "training_episodes": 8, "tasks": tasks}
+line |= {"seconds": 1, "seconds_training": 2}
 (run_dir / "evals.jsonl").write_text(json.dumps(line) + chr(10))
 """
 SHARED = ["--", "--env", "house", "--iterations", "4", "--eval-every", "2", "--memory-prob", "0.5"]
@@ -199,7 +200,7 @@ def test_the_named_experiments_and_the_commands_of_the_docstring_parse():
     assert (settings.iterations, settings.tasks) == (3, ["fan", "radio"])
 
 
-def test_a_sweep_of_real_runs(checkpoint, tmp_path):
+def test_a_sweep_of_real_runs(checkpoint, tmp_path, capsys):
     shared = "--env house --env-options rooms=1 step_limit=2 --group-size 2 --action-tokens 3"
     shared += " --tip-tokens 4 --variations 1 --lora-r 2 --iterations 4 --eval-every 1"
     shared += f" --eval-variations 1 --eval-episodes 2 --model {checkpoint}"
@@ -209,6 +210,7 @@ def test_a_sweep_of_real_runs(checkpoint, tmp_path):
     cells = json.loads((tmp_path / "results.json").read_text())["tasks"]
     assert list(cells) == ["mean of 2 tasks", "radio", "fan"]
     assert [line["iteration"] for line in runs.records(folder / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert "together/empo2/0: 0.0 at " in capsys.readouterr().err, "how far it is"
     for cell in (row["empo2"]["0"] for row in cells.values()):
         assert (cell["state"], cell["episodes"]) == ("finished", 8)
         assert [point["episodes"] for point in cell["curve"]] == [0, 2, 4, 6, 8]
