@@ -89,7 +89,7 @@ EXPERIMENTS = {
     """,
     # The same task for a real language model after its warm start (standin/smollm2.py)
     "smollm2": """
-        --tasks identify-life-stages-2 --seeds 0 1
+        --tasks identify-life-stages-2 --seeds 0 1 2
         --presets grpo empo2
         --
         --env scienceworld --env-options thoughts=true --model smollm2-stages --step-limit 5
