@@ -260,6 +260,9 @@ def parse(argv):
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
+    own = settings.given(args.settings) & {"model", "tasks", "seed", "eval_temperature"}
+    if own:
+        raise ValueError(f"{', '.join(own)}: eval.py has its own option for it, before --")
     if args.episodes is None:
         args.episodes = 4 if args.protocol == "id" else 1
     if bool(args.run) == bool(args.model):

@@ -83,6 +83,7 @@ def test_bad_input_is_refused_in_one_line(run, checkpoint, tmp_path, capsys, mon
     new = [run, "--out", tmp_path / "new.json", "--"]
     assert "lower --context" in refused(*new, "--context", "100000")
     assert "unknown setting" in refused(*new, "--contexts", "100")
+    assert "eval_temperature: eval.py has" in refused(*new, "--eval-temperature", "0")
     monkeypatch.setattr(House, "variation_count", lambda env, task: 1)
     assert "radio has no dev variations" in refused(run, "--split", "dev", *new[1:])
     assert not (tmp_path / "new.json").exists()
