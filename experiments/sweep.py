@@ -153,7 +153,7 @@ def make_cells(args, shared):
                 name = f"{folder}/{preset}/{seed}"
                 # train.py lets what is given go before the preset
                 own = ["--preset", preset, "--seed", str(seed), "--tasks", *tasks]
-                argv = select(shared, lambda name, own=PRESETS[preset]: name not in own)
+                argv = select(shared, lambda name, preset=preset: name not in PRESETS[preset])
                 cells[name] = [*argv, *own, "--run-dir", str(args.out / name)]
     return cells
 
