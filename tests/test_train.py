@@ -178,6 +178,8 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatc
     assert "tensorboards" in refused(capsys, *new, "--report-to", "tensorboards")
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     assert "pip install" in refused(capsys, *short, "--report-to", "tensorboard")
+    monkeypatch.setattr(House, "DEFAULT_TASKS", [])
+    assert "name the tasks" in refused(capsys, "--env", "house", "--model", "standin", *new)
     monkeypatch.setattr(House, "variation_count", lambda env, task: 1)
     assert "has no train variations" in refused(capsys, *short)
     assert not (tmp_path / "new").exists(), "bad input leaves nothing behind"
