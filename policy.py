@@ -12,17 +12,14 @@ without tips is built by leaving the tips out: nothing is ever searched for or s
 
 import hashlib
 import logging
-import os
 import warnings
 from contextlib import nullcontext
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+import weights
 from cache import DialogueCache
 from decode import CudaGraphs, FusedAdapter, decode
 
@@ -31,9 +28,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 END_OF_TURN = "<|im_end|>"
+END_OF_THOUGHT = "</think>"
 HEAD_CHUNK = 256  # action tokens whose [vocab] logits exist at the same time
-# What loading damaged files raises.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
 
 class Policy:
@@ -52,10 +48,10 @@ class Policy:
         self.device = next(model.parameters()).device
         self.end_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.stop_ids = sorted({*tokenizer.all_special_ids, self.end_id})
-        self.header = self.control("<|im_start|>assistant\n")
+        self.past_header = self.control("<|im_start|>assistant\n")
+        self.header, self.drops_thoughts = chat_format(self)
         self.max_positions = model.config.max_position_embeddings
         self.forget()
-        check_chat_format(self)
 
     @classmethod
     def load(
@@ -84,37 +80,16 @@ class Policy:
         if decode_graph and device == "cpu":
             raise ValueError("--decode-graph needs a GPU; leave it out")
         dtype = getattr(torch, dtype)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # what tokenizers raises for a damaged file has no class
-            if not os.path.isdir(name):
-                raise ValueError(
-                    f"{name}: there is no such folder, and no such model could be had from the hub"
-                ) from error
-            raise ValueError(
-                f"{name}: no tokenizer could be loaded; give a hub id or a folder that holds "
-                f"tokenizer.json and a model ({first_line(error)})"
-            ) from error
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype,
-                quantization_config=four_bit(dtype) if load_in_4bit else None,
-                device_map={"": device},
-            )
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{name}: the model could not be loaded ({first_line(error)})"
-            ) from error
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks weights; training raises
-                module.support_avx512bf16_for_cpu = False
-        model.requires_grad_(False)
-        model = add_adapter(model, name, adapter, lora_r, lora_alpha, seed)
+        model, tokenizer = weights.load_model(name, device, dtype, load_in_4bit)
+        if adapter:
+            model = weights.load_adapter(model, adapter)
+        else:
+            model = weights.new_adapter(model, lora_r, lora_alpha, seed)
         if gradient_checkpointing:
             options = {"use_reentrant": False}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         policy = cls(model, tokenizer)
+        check_attention(policy)
         if decode_graph:
             policy.record = CudaGraphs()
         return policy
@@ -141,6 +116,20 @@ class Policy:
             return newline
         return [self.end_id, *newline]
 
+    def past(self, action_ids):
+        """Ids of a turn that was written, in later prompts: header, action, end of turn, newline.
+
+        Qwen3's template drops the thoughts of earlier turns; there the rest is encoded anew.
+        """
+        kept = action_ids
+        if kept[-1] == self.end_id:
+            kept = kept[:-1]
+        if self.drops_thoughts:
+            text = self.tokenizer.decode(kept)
+            if END_OF_THOUGHT in text:
+                kept = self.encode(text.rpartition(END_OF_THOUGHT)[2].lstrip("\n"))
+        return self.past_header + kept + [self.end_id] + self.encode("\n")
+
     def decode(self, ids):
         """The text of sampled ids, on one line, without control tokens."""
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
@@ -157,6 +146,7 @@ class Policy:
         kept.
         Returns (actions, logps): for each prompt the sampled ids, ending in a control token unless
         cut after n, and their log-probs under the distribution they were drawn from.
+        Raises FloatingPointError if these are not finite.
         """
         if not prompts:
             return [], []
@@ -173,6 +163,10 @@ class Policy:
             states = cache.extend(self.model.get_base_model().model, prompts, lanes)  # [B, d]
             tokens, logps = decode(self, cache, states, lengths, uniforms, temperature)  # [B, m]
         actions, behaviour = self.cut(tokens.tolist(), logps.tolist())
+        if not all(np.isfinite(action_logps).all() for action_logps in behaviour):
+            raise FloatingPointError(
+                "the logits are not finite: the model's weights, or its adapter's, are damaged"
+            )
         for held, action in zip(cache.held, actions, strict=False):
             held += action[: tokens.shape[1] - 1]  # the token that was drawn last is in no cache
         return actions, behaviour
@@ -252,9 +246,11 @@ class Policy:
 
     def autocast(self, cache_enabled=True):
         """A bf16 model computes in bf16, for sampling and training alike; an fp32 model in fp32."""
-        weights = self.model.get_input_embeddings().weight
-        half = weights.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, self.in_bf16(), cache_enabled)
+
+    def in_bf16(self):
+        """Is the model computed in bf16?"""
+        return self.model.get_input_embeddings().weight.dtype == torch.bfloat16
 
     def trainable(self):
         """The adapter's parameters (fp32)."""
@@ -267,7 +263,7 @@ class Policy:
 
     def save(self, folder):
         """Write the adapter so that `PeftModel.from_pretrained(base, folder)` loads it."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def inverse_cdf(logp, uniform):
@@ -279,54 +275,16 @@ def inverse_cdf(logp, uniform):
     """
     cdf = logp.double().exp().cumsum(-1)  # fp64: 150,000 roundings would show in fp32
     uniform = uniform[:, None].double() * cdf[:, -1:]
-    return torch.searchsorted(cdf, uniform, right=True)[:, 0]
+    token = torch.searchsorted(cdf, uniform, right=True)[:, 0]
+    return token.clamp(max=logp.shape[1] - 1)  # for NaN, which is told later: no wait here
 
 
-def four_bit(dtype):
-    """NF4 weights that compute in `dtype`. Raises ValueError where bitsandbytes cannot run."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except (ImportError, RuntimeError, OSError) as error:
-        raise ValueError(
-            "4-bit was asked for but bitsandbytes cannot run here "
-            f"({first_line(error)}); use --load-in-4bit false"
-        ) from error
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-    )
+def chat_format(policy):
+    """(ids that open a turn to be written, does the template drop the thoughts of past turns?)
 
-
-def add_adapter(model, name, adapter, lora_r, lora_alpha, seed):
-    """The model with an fp32 adapter: read from a folder, or a new one, which changes nothing."""
-    if adapter:
-        try:
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{adapter}: the adapter does not fit {name} or is damaged ({first_line(error)})"
-            ) from error
-    else:
-        torch.manual_seed(seed)
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora_r,
-            lora_alpha=lora_alpha,
-            lora_dropout=0.0,  # dropout breaks the ratio
-            target_modules="all-linear",
-        )
-        model = get_peft_model(model, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def check_chat_format(policy):
-    """The segments must be what the tokenizer's own template makes. Raises ValueError.
-
-    Else the model would see a format that it was not trained on.
+    Both are read from the tokenizer's own template. The rest must be ChatML, else the model would
+    see a format that it was not trained on: ValueError. To use a model with another format, change
+    `Policy.message` and `Policy.past` until this function accepts it.
     """
     turns = [
         ("system", "Be brief."),
@@ -334,37 +292,106 @@ def check_chat_format(policy):
         ("assistant", "look around"),
         ("user", "A hall.\n"),
         ("user", "\nTips:\n1. go on\n\n"),
-        ("assistant", "go to hall"),
+        ("assistant", "<think>\nIt is dark.\n</think>\n\ngo to hall"),
         ("user", "x"),
     ]
-    ours = []
-    for role, text in turns:
-        if role == "assistant":
-            action = [*policy.encode(text), policy.end_id]
-            ours += policy.header + action + policy.closing(action)
-        else:
-            ours += policy.message(role, text)
     name = policy.tokenizer.name_or_path
+
+    def template(to_be_continued):
+        try:
+            return policy.tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in turns],
+                add_generation_prompt=to_be_continued,
+                enable_thinking=False,  # Qwen3's; others do not ask
+                tokenize=True,
+                return_dict=False,
+            )
+        except Exception as error:  # a damaged template raises whatever its code leads to
+            raise ValueError(
+                f"{name}: the tokenizer has no chat template that works "
+                f"({weights.first_line(error)}); use an instruction-tuned Qwen2/2.5/3"
+            ) from error
+
+    def ours(drops_thoughts):
+        policy.drops_thoughts = drops_thoughts
+        ids = []
+        for role, text in turns:
+            if role == "assistant":
+                ids += policy.past([*policy.encode(text), policy.end_id])
+            else:
+                ids += policy.message(role, text)
+        return ids
+
+    past = template(False)
+    header = template(True)[len(past) :]
+    opening = policy.tokenizer.decode(header)
+    if opening.count("<think>") > opening.count(END_OF_THOUGHT):
+        raise ValueError(f"{name} always thinks before it answers; use its Instruct version")
+    for drops_thoughts in (False, True):
+        if ours(drops_thoughts) + header == template(True) and opening.startswith(
+            policy.tokenizer.decode(policy.past_header)
+        ):
+            return header, drops_thoughts
+    raise ValueError(
+        f"{name}: its chat template is not the ChatML of Qwen2/2.5/3 Instruct "
+        "(system, user, assistant between <|im_start|> and <|im_end|>); choose such a model"
+    )
+
+
+def check_attention(policy):
+    """Sampling must give the log-probs of the model's own forward pass. Raises ValueError.
+
+    Each token is to see all that came before it, and `lm_head`'s product is to be the logits. A
+    model with sliding windows, linear attention or scaled logits would be computed wrongly,
+    without a word. Two sums of the same numbers differ by rounding: 2^-8 a layer's addition in
+    bf16, 2^-14 in fp32 (of 2^10 products); with two additions a layer that is √(2 layers) as much,
+    of logits as large as they spread. Twice that is allowed, in the mean.
+    """
+    config = policy.model.config
+    name = config.name_or_path
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    if getattr(config, "sliding_window", None):
+        kinds.add("a sliding window")
+    if kinds:
+        raise ValueError(
+            f"{name}: has layers that do not attend to all tokens ({', '.join(sorted(kinds))}); "
+            "choose a model with full attention, such as Qwen2.5 or Qwen3"
+        )
     try:
-        theirs = policy.tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in turns],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
-    except Exception as error:  # a damaged template raises whatever its code leads to
+        gap, spread = sampler_gap(policy)
+    except (ArithmeticError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # an unknown architecture raises whatever its code leads to
         raise ValueError(
-            f"{name}: the tokenizer has no chat template that works ({first_line(error)}); "
-            "use an instruction-tuned Qwen2/2.5"
+            f"{name}: cannot be sampled here ({weights.first_line(error)}); choose a model with "
+            "full attention, such as Qwen2.5 or Qwen3"
         ) from error
-    if ours + policy.header != theirs:
+    rounding = 2**-8 if policy.in_bf16() else 2**-14
+    allowed = 2 * rounding * (2 * config.num_hidden_layers) ** 0.5 * spread
+    if not gap <= allowed:
         raise ValueError(
-            f"{name}: its chat template is not the prefix-stable ChatML of Qwen2/2.5 Instruct "
-            "(system, user, assistant between <|im_start|> and <|im_end|>); choose such a model"
+            f"{name}: what is sampled differs from the model's own log-probs by {gap:.2g} nats in "
+            f"the mean ({allowed:.2g} is rounding): its attention or its logits are not those of "
+            "Qwen2.5 or Qwen3; choose such a model"
         )
 
 
-def first_line(error):
-    """The beginning of an exception's text, for a message of one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+@torch.no_grad()
+def sampler_gap(policy):
+    """(mean difference in nats, standard deviation of the logits) over a made-up dialogue."""
+    rng = np.random.default_rng(0)
+    dialogue = policy.message("system", "Be brief.")
+    gaps = []
+    for tips in ([], policy.message("user", "Tips: go on."), []):
+        dialogue = dialogue + policy.message("user", "A room. You see a door.")
+        prompt = dialogue + tips + policy.header
+        (action,), (logps,) = policy.sample([prompt], rng.random((1, 4)), 1.0, [0])
+        ids = torch.tensor([prompt + action], device=policy.device)
+        with policy.autocast():
+            logits = policy.model(ids, use_cache=False, logits_to_keep=len(action) + 1).logits
+        logits = logits[0, :-1].float()  # [n, vocab]
+        own = logits.log_softmax(-1).gather(1, ids[0, -len(action) :, None])[:, 0]
+        gaps += np.abs(np.subtract(own.tolist(), logps)).tolist()
+        dialogue = dialogue + policy.past(action)
+    policy.forget()
+    return np.mean(gaps), logits.std().item()

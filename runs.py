@@ -17,8 +17,9 @@ import envs
 import memory
 import processes
 from hardware import find_place
-from policy import Policy, first_line
+from policy import Policy
 from settings import Settings
+from weights import first_line
 
 ROOT = Path(__file__).parent
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")

@@ -32,8 +32,8 @@ from decode import CudaGraphs
 from experiments.gpu_pieces import Bench, Scale, memory_peaks, peak_rates
 from experiments.random_policy import QWEN_7B, fill, skeleton
 from hardware import find_place
-from policy import first_line
 from runs import write_json
+from weights import first_line
 
 TINY = Qwen2Config(
     hidden_size=64,

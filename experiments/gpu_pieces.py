@@ -14,9 +14,9 @@ from transformers import Qwen2Config
 from empo2 import Pair, accumulate_gradient, recompute_old_logps, training_pairs
 from experiments import gpu_memory
 from experiments.dialogues import TYPICAL, make_episode, message
-from policy import first_line
 from rows import micro_batches, pack, shared_length
 from settings import Settings
+from weights import first_line
 
 TIP_REQUEST = 80  # tokens: the last observation and the request
 TIP = 100  # tokens of the longest tip

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from transformers.integrations import replace_with_bnb_linear
 
-from policy import Policy, add_adapter, four_bit
+from policy import Policy
 from runs import ROOT
+from weights import four_bit, new_adapter
 
 QWEN_7B = Qwen2Config(
     hidden_size=3584,
@@ -27,7 +28,7 @@ def skeleton(config, load_in_4bit=False, dtype=torch.bfloat16):
         if load_in_4bit:
             model = replace_with_bnb_linear(model, ["lm_head"], four_bit(dtype))
         model.requires_grad_(False)
-        return add_adapter(model, "a random model", None, 16, 32, 0)
+        return new_adapter(model, 16, 32, 0)
 
 
 def fill(model, device="cpu", gradient_checkpointing=True):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 # A GPU is only a place: all else that is other there can be had on a CPU.
 FP32 = {"dtype": "float32"}
@@ -41,8 +41,14 @@ def write_checkpoint(
     seed=0,
     corpus=None,
     scale=0.2,
+    config_class=Qwen2Config,
+    added=(),
+    **options,
 ):
-    """A randomly initialised Qwen2 with a byte-level tokenizer, loaded like any hub checkpoint."""
+    """A randomly initialised Qwen2 with a byte-level tokenizer, loaded like any hub checkpoint.
+
+    added: further tokens, which are not special. options: of the model's configuration.
+    """
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -61,21 +67,23 @@ def write_checkpoint(
         pad_token=pad,
         additional_special_tokens=["<|im_start|>"],
     )
+    tokenizer.add_tokens(list(added))
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        initializer_range=scale,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "initializer_range": scale,
+    }
+    config = config_class(**(shape | options))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
 
 
