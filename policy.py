@@ -1,13 +1,13 @@
-"""The policy: a Qwen2 / Qwen2.5 chat model with LoRA adapters, optionally in 4-bit (QLoRA).
+"""The policy: a Qwen2, 2.5 or 3 chat model with LoRA adapters, optionally in 4-bit (QLoRA).
 
 `π_θ` is the model with its adapter, `π_ref` the same model with the adapter disabled. Everything
 that enters the model is a list of token ids put together from *segments*, each tokenised once:
 
-    system message | observation | header, action | observation | tips | header, action | ...
+    system message | observation | action | observation | tips | header, action to be written
 
 A segment begins and ends at a control token, so no token can straddle two segments, and a dialogue
 without tips is built by leaving the tips out: nothing is ever searched for or stripped.
-`check_chat_format` compares this with the tokenizer's own chat template when a model is loaded.
+`chat_format` compares this with the tokenizer's own chat template when a model is loaded.
 """
 
 import hashlib
@@ -35,9 +35,11 @@ HEAD_CHUNK = 256  # action tokens whose [vocab] logits exist at the same time
 class Policy:
     """A causal language model that writes actions and scores them.
 
-    Attributes: `header` ids that open the assistant's turn; `stop_ids` every control token (each
-    ends an action); `max_positions` the longest sequence the model was built for; `record` what
-    records a step of sampling, or None (decode.py).
+    Attributes: `header` ids that open the turn to be written (Qwen3: with an empty thought);
+    `past_header` those of a turn that is over; `drops_thoughts` whether the template drops the
+    thoughts of such turns; `stop_ids` every control token (each ends an action); `max_positions`
+    the longest sequence the model was built for; `record` what records a step of sampling, or None
+    (decode.py).
     """
 
     record = None
@@ -108,13 +110,6 @@ class Policy:
         # The role's newline goes with the text, as in the template: "\n\n" may be one token.
         middle = self.encode(f"{role}\n{text}")
         return self.control("<|im_start|>") + middle + self.control(f"{END_OF_TURN}\n")
-
-    def closing(self, action_ids):
-        """What a dialogue needs after an action: the newline, and the end of turn if it was cut."""
-        newline = self.encode("\n")
-        if action_ids[-1] == self.end_id:
-            return newline
-        return [self.end_id, *newline]
 
     def past(self, action_ids):
         """Ids of a turn that was written, in later prompts: header, action, end of turn, newline.

@@ -30,7 +30,7 @@ class Turn:
     """One turn, as token ids for the policy and as text for people and for the memory."""
 
     observation: str  # o_t
-    observation_ids: list[int]  # closes the previous action, then the user message with o_t
+    observation_ids: list[int]  # the user message with o_t
     tips: list[str] = field(default_factory=list)  # as shown
     tip_ids: list[int] = field(default_factory=list)  # their message; empty = mode (1)
     tips_left_out: int = 0  # retrieved, but the context had no room
@@ -39,7 +39,7 @@ class Turn:
     written: str = ""  # the action's text, with its reasoning
     action: str = ""  # what of it the environment was sent
     action_cut: bool = False  # the token limit came before the end of turn
-    past_ids: list[int] = field(default_factory=list)  # its message in later prompts (history)
+    past_ids: list[int] = field(default_factory=list)  # what later prompts hold of it; no tips
     next_observation: str = ""  # o_{t+1}
     anchor: str = ""  # names the state that the action was taken in, if `step_weight` asks for it
     reward: float = 0.0  # r_t: difference of scores, so rewards add up to the final score
@@ -68,29 +68,19 @@ class Episode:
     def prompt(self, t, with_tips):
         """Ids that action t is conditioned on: what went before, and the tips of turn t.
 
-        >>> turns = [Turn("", [11], [], [91], 0, [21]), Turn("", [12], [], [92], 0, [22])]
+        >>> first = Turn("", [11], tip_ids=[91], past_ids=[11, 5, 21])
+        >>> turns = [first, Turn("", [12], tip_ids=[92])]
         >>> e = Episode(None, None, 0, "", system_ids=[1], header_ids=[5], turns=turns)
         >>> e.prompt(1, False), e.prompt(1, True)  # (9) the tips of turn 0 are in neither
         ([1, 11, 5, 21, 12, 5], [1, 11, 5, 21, 12, 92, 5])
-        >>> e.history, e.turns[0].past_ids = 1, [31]
-        >>> e.prompt(1, True)
-        [1, 31, 12, 92, 5]
         """
-        ids = self.system_ids + self.past(self.turns[:t][-self.history :])  # -0: all of them
+        ids = list(self.system_ids)
+        for turn in self.turns[:t][-self.history :]:  # -0: all of them
+            ids += turn.past_ids
         ids += self.turns[t].observation_ids
         if with_tips:
             ids += self.turns[t].tip_ids
         return ids + self.header_ids
-
-    def past(self, turns):
-        """Ids of turns that are over: the dialogue, or with `history` a message for each."""
-        ids = []
-        for turn in turns:
-            if self.history:
-                ids += turn.past_ids
-            else:
-                ids += turn.observation_ids + self.header_ids + turn.action_ids
-        return ids
 
 
 # --- Rolling out (§4.1) ---------------------------------------------------------------------------
@@ -241,10 +231,7 @@ def open_turn(policy, playing, tips, s):
     Raises ValueError if there is no room for even the first turn.
     """
     episode = playing.episode
-    observation_ids = policy.message("user", playing.observation)
-    if episode.turns and not episode.history:
-        observation_ids = policy.closing(episode.turns[-1].action_ids) + observation_ids
-    turn = Turn(playing.observation, observation_ids)
+    turn = Turn(playing.observation, policy.message("user", playing.observation))
     episode.turns.append(turn)
     room = s.context - s.action_tokens - len(episode.prompt(-1, with_tips=False))
     if room < 0:
@@ -314,14 +301,19 @@ def act(policy, live, env_fault, anchored=False):
         turn.anchor = info["anchor"]
         turn.action = info["action"]
         turn.next_observation = playing.observation
-        if episode.history:
-            said = PAST_TEXT.format(turn.observation, turn.action)
-            turn.past_ids = policy.message("user", said)
+        turn.past_ids = past(policy, turn, episode.history)
         episode.score = info["score"]
         if terminated:
             episode.ended = "failed" if episode.score < 0 else "completed"
         elif truncated:
             episode.ended = "step limit"
+
+
+def past(policy, turn, history=0):
+    """What later prompts hold of a turn: its part of the dialogue, or with `history` a message."""
+    if history:
+        return policy.message("user", PAST_TEXT.format(turn.observation, turn.action))
+    return turn.observation_ids + policy.past(turn.action_ids)
 
 
 # --- Tips and intrinsic reward (§4.1) -------------------------------------------------------------
@@ -348,9 +340,7 @@ def tip_prompt(policy, episode, context):
     observation = episode.turns[-1].next_observation
     turns = episode.turns
     while True:
-        dialogue = episode.system_ids + episode.past(turns)
-        if not episode.history:
-            dialogue += policy.closing(turns[-1].action_ids)
+        dialogue = episode.system_ids + [token for turn in turns for token in turn.past_ids]
         message = policy.message("user", f"{observation}\n\n{request}")
         fits = len(dialogue) + len(message) <= context
         if not fits and episode.history and len(turns) > episode.history:

@@ -6,7 +6,7 @@ stand-in held with ScienceWorld (power-component, 30 turns), counted with Qwen2.
 
 import json
 
-from rollout import Episode, Job, Turn
+from rollout import Episode, Job, Turn, past
 from runs import ROOT
 
 LENGTHS = json.loads((ROOT / "experiments" / "lengths.json").read_text())
@@ -39,9 +39,8 @@ def make_episode(policy, rng, number=0, context=None):
     episode = Episode(Job("", 0, number, 0), rng, number, "", system, policy.header)
     for t, (observation, action) in enumerate(lengths):
         ids = message(policy, rng, "user", observation + longer)
-        if t:
-            ids = policy.closing(episode.turns[-1].action_ids) + ids
         turn = Turn("", ids, action_ids=[*some_ids(rng, action), policy.end_id])
+        turn.past_ids = past(policy, turn)
         turn.logps = [-1.0] * len(turn.action_ids)
         turn.advantage = 1.0 - 2.0 * (number % 2)
         if (t + number) % 4 == 3:

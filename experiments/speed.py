@@ -99,14 +99,13 @@ def play(policy, prompts, observations, action_tokens):
         episodes.append(rollout.Episode(job, rng, lane, "", prompts[lane], policy.header))
     for turn_observations in observations:
         for episode, ids in zip(episodes, turn_observations, strict=True):
-            if episode.turns:
-                ids = policy.closing(episode.turns[-1].action_ids) + ids
             episode.turns.append(rollout.Turn("", ids))
         contexts = [episode.prompt(-1, with_tips=False) for episode in episodes]
         actions, logps = rollout.sample(policy, episodes, contexts, action_tokens, 1.0)
         for episode, action, action_logps in zip(episodes, actions, logps, strict=True):
             episode.turns[-1].action_ids = action
             episode.turns[-1].logps = action_logps
+            episode.turns[-1].past_ids = rollout.past(policy, episode.turns[-1])
     return episodes
 
 

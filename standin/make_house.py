@@ -140,7 +140,7 @@ def play(policy, env, rng):
             if item in env.hiding:
                 seen[item] = place
     request = f"{playing.observation}\n\n{TIP_REQUEST.format(score=episode.score)}"
-    asked = policy.closing(turn.action_ids) + policy.message("user", request)
+    asked = policy.message("user", request)
     tip = [*policy.encode(tip_of(episode.score, env.hiding, seen)), policy.end_id]
     episode.turns.append(Turn(request, asked, action_ids=tip, advantage=3.0))
     return episode

@@ -229,7 +229,7 @@ def play(policy, env, rng, variation, recall=False):
         if not blunder:
             player.hear(line, playing.observation, episode.score)
     request = f"{playing.observation}\n\n{TIP_REQUEST.format(score=episode.score)}"
-    asked = policy.closing(turn.action_ids) + policy.message("user", request)
+    asked = policy.message("user", request)
     tip = [*policy.encode(tip_of(episode.score, player.found)), policy.end_id]
     episode.turns.append(Turn(request, asked, action_ids=tip, advantage=2.0))
     return episode

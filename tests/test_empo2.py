@@ -33,6 +33,8 @@ def drawn_episode(turns=3, group=0, rewards=(), actions=()):
         turn.reward = reward
     for turn, action in zip(episode.turns, actions, strict=False):
         turn.action_ids = action
+    for turn in episode.turns:
+        turn.past_ids = [*turn.observation_ids, 5, *turn.action_ids]
     return episode
 
 

@@ -12,7 +12,7 @@ import torch
 
 import empo2
 from policy import Policy
-from rollout import Episode, Job, Turn
+from rollout import Episode, Job, Turn, past
 from settings import Settings
 
 GROUPS = [0, 0, 0, 1, 1, 2, 2]
@@ -54,13 +54,12 @@ def make_episodes(policy, s):
     for i, group in enumerate(GROUPS):
         system = policy.message("system", f"task {group}")
         episode = Episode(Job("t", 0, group, i), rng, 0, "", system, policy.header)
-        closing = []
         for t in range(2 + i % 3):
-            turn = Turn("", closing + policy.message("user", f"room {rng.integers(99)}"))
+            turn = Turn("", policy.message("user", f"room {rng.integers(99)}"))
             turn.action_ids = rng.integers(vocab, size=rng.integers(2, 7)).tolist()
             if rng.random() < 0.5:
                 turn.action_ids.append(policy.end_id)
-            closing = policy.closing(turn.action_ids)
+            turn.past_ids = past(policy, turn)
             if (i + t) % 3:
                 turn.tip_ids = policy.message("user", f"take the radio {rng.integers(99)}")
             turn.offpolicy = (i + t) % 3 == 2

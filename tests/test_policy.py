@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import AS_ON_A_GPU, CHATML, FP32, write_checkpoint
+from conftest import AS_ON_A_GPU, CHATML, FP32, ROOT, write_checkpoint
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 import empo2
 import hardware
@@ -79,12 +79,11 @@ def played_episode(policy, seed=0, turns=3):
     for t in range(turns):
         turn = rollout.Turn(f"You see box {t}.", policy.message("user", f"You see box {t}."))
         if t:
-            closing = policy.closing(episode.turns[-1].action_ids)
-            turn.observation_ids = closing + turn.observation_ids
             turn.tip_ids = rollout.tips_message(policy, ["open the box", "it is in the box"])
         episode.turns.append(turn)
         prompt = episode.prompt(t, with_tips=True)
         (turn.action_ids,), (turn.logps,) = policy.sample([prompt], [rng.random(8)], 1.0, [seed])
+        turn.past_ids = rollout.past(policy, turn)
     episode.turns[0].reward = float(seed)
     return episode
 
@@ -243,6 +242,78 @@ def test_text_never_becomes_a_control_token(policy):
         assert "\n" not in policy.decode(policy.encode(text))
 
 
+# --- Qwen3 ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_instruct_2507"])
+def qwen3(request, tmp_path_factory):
+    """Its own chat template (tests/data, from Qwen's repositories; Apache-2.0), random weights."""
+    template = (ROOT / "tests" / "data" / f"{request.param}.jinja").read_text()
+    return load(
+        write_checkpoint(
+            tmp_path_factory.mktemp("qwen3"),
+            template=template,
+            config_class=Qwen3Config,
+            added=("<think>", "</think>"),
+            head_dim=16,
+        )
+    )
+
+
+def test_every_prompt_is_what_qwen3s_template_makes(qwen3):
+    """Without thinking. The hybrid template drops thoughts of past turns, that of 2507 does not."""
+    hybrid = "<think>" in qwen3.tokenizer.decode(qwen3.header)
+    assert hybrid == qwen3.drops_thoughts
+
+    def template(messages):
+        return qwen3.tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in messages],
+            add_generation_prompt=True,
+            enable_thinking=False,
+            return_dict=False,
+        )
+
+    answers = [
+        "look",
+        "<think>\nIt is\ndark.\n</think>\n\n\ngo to hall",
+        "</think>",
+        "a <think> b",
+        "",
+    ]
+    system = qwen3.message("system", "P")
+    episode = rollout.Episode(rollout.Job("t", 0, 0, 0), None, 0, "", system, qwen3.header)
+    messages = [("system", "P")]
+    for t, answer in enumerate(answers):
+        messages.append(("user", f"room {t}\n"))
+        turn = rollout.Turn("", qwen3.message("user", f"room {t}\n"), next_observation="end")
+        turn.tip_ids = rollout.tips_message(qwen3, ["go"])
+        episode.turns.append(turn)
+        tips = ("user", rollout.TIPS_TEXT.format("- go"))
+        assert episode.prompt(t, False) == template(messages)
+        assert episode.prompt(t, True) == template([*messages, tips])
+        turn.action_ids = [*qwen3.encode(answer), qwen3.end_id]
+        turn.past_ids = rollout.past(qwen3, turn)
+        messages.append(("assistant", answer))
+    request = rollout.TIP_REQUEST.format(score=0)
+    asked = template([*messages, ("user", f"end\n\n{request}")])
+    assert rollout.tip_prompt(qwen3, episode, 5000) == asked
+
+
+def test_qwen3_samples_what_it_scores(qwen3):
+    """Dialogues whose past is not what was sampled: in the cache, and packed in a row."""
+    episode = played_episode(qwen3, turns=4)
+    episode.turns[2].offpolicy = True
+    pairs = list(empo2.training_pairs(episode, Settings()))
+    row = pack(pairs)
+    batch = collate([row])
+    logp, _ = qwen3.logprobs(batch.ids, batch.mask, 1.0, batch.positions, batch.visible)
+    for start, pair in row.spans:
+        scored = logp[0, start : start + len(pair.action)]
+        (alone,) = score(qwen3, [pair.prompt], [pair.action])
+        torch.testing.assert_close(scored, alone, atol=1e-4, rtol=0)
+        if pair.sampled_logps:
+            sampled = torch.tensor(pair.sampled_logps)
+            torch.testing.assert_close(scored, sampled, atol=1e-4, rtol=0)
+
+
 # --- The key-value cache --------------------------------------------------------------------------
 @torch.no_grad()
 def test_the_cache_is_exact_for_any_change_of_any_dialogue(policy):
@@ -360,9 +431,9 @@ def test_a_step_is_recorded_once_for_each_size(policy, monkeypatch):
             prompts = [dialogues[lane] + policy.header for lane in live]
             actions, _ = policy.sample(prompts, rng.random((len(live), 12)), 1.0, live)
             played.append(actions)
-            for lane, prompt, action in zip(live, prompts, actions, strict=True):
+            for lane, action in zip(live, actions, strict=True):
                 words = policy.message("user", "go " * 60)
-                dialogues[lane] = prompt + action + policy.closing(action) + words
+                dialogues[lane] += policy.past(action) + words
         return played
 
     assert play(None) == play(record)
@@ -419,9 +490,11 @@ def test_models_that_cannot_be_used_get_one_line(tmp_path, checkpoint, monkeypat
         Policy.load(str(tmp_path))
     # As "thinking" models: what was said before is rendered otherwise.
     trimmed = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'][:3])")
-    for template, message in ((trimmed, "prefix-stable"), (None, "no chat template")):
+    thinks = CHATML.replace("assistant\n", "assistant\n<think>\n")
+    templates = {"is not the ChatML": trimmed, "no chat template": None, "always thinks": thinks}
+    for number, (message, template) in enumerate(templates.items()):
         with pytest.raises(ValueError, match=message):
-            Policy.load(write_checkpoint(tmp_path / message, template=template))
+            Policy.load(write_checkpoint(tmp_path / f"template {number}", template=template))
     adapter = tmp_path / "adapter"
     Policy.load(checkpoint).save(adapter)
     weights = adapter / "adapter_model.safetensors"

@@ -39,8 +39,8 @@ class ToyPolicy:
     def message(self, role, text):
         return [ord(c) for c in f"<{role[0]}:{text}>"]
 
-    def closing(self, action_ids):
-        return [ord("|")]
+    def past(self, action_ids):
+        return [*self.header, *action_ids, ord("|")]
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i != STOP)
@@ -351,7 +351,7 @@ def test_the_number_of_environments_changes_no_action_of_a_model():
 def test_a_tip_request_respects_the_context():
     """A last observation that is too long is cut, with a mark; all the rest is there."""
     for length, cut in ((10, False), (100_000, True)):
-        turn = Turn("start", [1], action_ids=[2], next_observation="x" * length)
+        turn = Turn("start", [1], past_ids=[2], next_observation="x" * length)
         episode = Episode(Job("task", 0, 0, 0), None, 0, "text", [3], [4], [turn], score=50)
         prompt = rollout.tip_prompt(ToyPolicy(), episode, context=1000)
         shown = ToyPolicy().decode(prompt)
