@@ -229,18 +229,22 @@ def read(path):
 def embedder(name="hashing"):
     """A function `embed(texts) -> [n, d]` float32 of unit vectors (a text without words: zeros).
 
-    "hashing": words and word pairs hashed into 1,024 dimensions, no download. Otherwise a hub id
-    or folder of a sentence encoder, mean-pooled (paper: sentence-transformers/all-MiniLM-L6-v2).
+    "hashing": words, and pairs of words of a line, hashed into 1,024 dimensions; no download. Equal
+    lines in another order give an equal vector: ScienceWorld lists the objects of an equal state in
+    several orders. Otherwise a hub id or folder of a sentence encoder, mean-pooled (paper:
+    sentence-transformers/all-MiniLM-L6-v2).
     """
     if name == "hashing":
         from sklearn.feature_extraction.text import HashingVectorizer
 
+        # Single characters count, too: "5 degrees".
+        parts = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b").build_analyzer()
+
+        def analyzer(text):
+            return [part for line in text.split("\n") for part in parts(line)]
+
         vectorizer = HashingVectorizer(
-            n_features=1024,
-            ngram_range=(1, 2),
-            norm="l2",
-            dtype=np.float32,
-            token_pattern=r"(?u)\b\w+\b",  # single characters count: "5 degrees"
+            n_features=1024, norm="l2", dtype=np.float32, analyzer=analyzer
         )
 
         def embed(texts):

