@@ -12,6 +12,7 @@ without tips is built by leaving the tips out: nothing is ever searched for or s
 
 import hashlib
 import logging
+import math
 import os
 import warnings
 from contextlib import nullcontext
@@ -264,6 +265,30 @@ class Policy:
         """Checksum of the tokenizer: with another one the same text is other ids."""
         parts = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return hashlib.sha256(repr((*parts, self.stop_ids)).encode()).hexdigest()
+
+    def base_fingerprint(self):
+        """Checksum of the base model's weights: names, shapes and up to 64 numbers of each.
+
+        The same in float32, bfloat16 and NF4: of a matrix it takes what NF4 keeps, the largest
+        |weight| of 64 in a row, and rounds it to bfloat16.
+        """
+        checksum = hashlib.sha256()
+        for name, weight in self.model.get_base_model().named_parameters():
+            if weight.requires_grad:  # the adapter's
+                continue
+            packed = getattr(weight, "quant_state", None)
+            shape = tuple(packed.shape if packed else weight.shape)
+            blocks = math.prod(shape) // 64
+            if packed:
+                numbers = packed.absmax[:blocks][:: blocks // 64 + 1]
+            elif len(shape) == 1:
+                numbers = weight[:: blocks + 1]
+            else:
+                rows = weight.reshape(-1)[: blocks * 64].view(blocks, 64)
+                numbers = rows[:: blocks // 64 + 1].abs().amax(1)
+            checksum.update(repr((name.replace(".base_layer", ""), shape)).encode())
+            checksum.update(repr(numbers.bfloat16().tolist()).encode())
+        return checksum.hexdigest()
 
     def save(self, folder):
         """Write the adapter so that `PeftModel.from_pretrained(base, folder)` loads it."""
