@@ -580,18 +580,17 @@ def test_what_is_put_aside_again_gets_a_free_name(copy, capsys):
     assert (copy / "damaged-4-2").read_text() == "mine" and (copy / "damaged-4-4").is_symlink()
     (copy / "damaged-4-evals.jsonl").mkdir()
     whole = {name: (copy / name).read_bytes() for name in (*runs.LOGS, "settings.json")}
-    for times in ("", "-2", "-3"):  # of the same checkpoint
+    for number in (1, 2, 3):  # times at the same checkpoint
         for name, content in whole.items():
-            (copy / name).write_bytes(times.encode() + content[:-30])
+            (copy / name).write_bytes(b"?" * number + content)
         runs.open_logs(copy, 4)
         said = capsys.readouterr().err
         for name, content in whole.items():
-            number = times
-            if name == "evals.jsonl":  # a folder has the first name
-                number = f"-{int(times[1:] or 1) + 1}"
+            taken = number + (name == "evals.jsonl")  # a folder has the first name
             stem, suffix = name.split(".")
-            aside = copy / f"damaged-4-{stem}{number}.{suffix}"
-            assert aside.read_bytes() == times.encode() + content[:-30]
+            end = f"-{taken}" if taken > 1 else ""
+            aside = copy / f"damaged-4-{stem}{end}.{suffix}"
+            assert aside.read_bytes() == b"?" * number + content
             assert f"{name}: a part of it is lost; the run goes on, see {aside}" in said
 
 
