@@ -215,7 +215,8 @@ def show(protocol, parts, picture):
     print(", ".join(f"{name} {value}" for name, value in told.items()))
     default = vars(settings.Settings())
     changed = {k: v for k, v in protocol["settings"].items() if v != default[k]}
-    print("not the default:", ", ".join(f"{name} {value}" for name, value in changed.items()))
+    words = ", ".join(f"{name} {value}" for name, value in changed.items())
+    print(f"settings other than the defaults: {words}")
     if settings.is_standin(protocol["model"]):  # its numbers do not stand beside the paper's
         parts = [{**part, "task": f"{part['task']} (stand-in)"} for part in parts]
     columns = ("episodes", "turns", "memory_turns", *FIGURES)
@@ -258,10 +259,7 @@ def parse(argv):
     )
     add = parser.add_argument
     add("run", nargs="?", type=Path, help="a run directory, or one of its checkpoint-N")
-    add(
-        "--model",
-        help="a base model (hub id or folder) instead of a run; with a run: its new place",
-    )
+    add("--model", help="base model (hub id or folder) instead of a run; of a run: its new place")
     add("--protocol", default="id", choices=TRIALS, help="see above (default id)")
     add("--memory", action="store_true", help="id with the checkpoint's tips, at every turn")
     add("--tasks", nargs="+", help="task names [the run's]; ood must be given them")
