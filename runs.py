@@ -66,7 +66,7 @@ def load_policy(s, adapter=None):
             seed=s.seed,
         )
     except ValueError as error:
-        if adapter and str(error).startswith(f"{name}:"):
+        if adapter and str(error).startswith((f"{name}:", f"{adapter}:")):
             raise ValueError(
                 f"{error}; if the model has moved, give its new place with --model"
             ) from error

@@ -358,7 +358,7 @@ def test_the_checksum_of_a_base_model_is_of_its_weights_only(base, finished, che
         assert Policy.load(tuned, **options).base_fingerprint() != ours, options
 
 
-def test_the_base_model_may_move_and_no_other_takes_its_place(tmp_path, capsys):
+def test_the_base_model_may_move_and_no_other_takes_its_place(checkpoint, tmp_path, capsys):
     place, run_dir = tmp_path / "model", tmp_path / "run"
     shutil.copytree(STANDIN, place)
     command = [*SMALL, "--model", str(place), "--run-dir", str(run_dir), "--iterations", "1"]
@@ -384,6 +384,8 @@ def test_the_base_model_may_move_and_no_other_takes_its_place(tmp_path, capsys):
         assert "if the model has moved, give its new place with --model" in said()
         assert f"{tuned} is another model than the run was trained on" in said("--model", tuned)
         assert "its weights differ" in said("--model", tuned)
+        wider = said("--model", checkpoint)
+        assert f"the adapter does not fit {checkpoint}" in wider and "with --model" in wider
         wanted = f"{other}: its tokenizer is not the one that the run was trained with"
         assert wanted in said("--model", other)
     (run_dir / "error.log").unlink()
