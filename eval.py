@@ -3,6 +3,7 @@
   python eval.py runs/scienceworld-power-component-0
   python eval.py runs/scienceworld-power-component-0 --memory --split train --variations 5
   python eval.py runs/scienceworld-power-component-0 --protocol ood --tasks find-plant
+  python eval.py runs/scienceworld-power-component-0 --model NEW_PLACE_OF_ITS_BASE_MODEL
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant --protocol ood
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant -- --shots 2
@@ -16,7 +17,7 @@ ood   each task ten times (§6.1): trial 0 without memory, trials 1-9 with tips 
 What follows -- are settings of train.py, where they shall be other than the run's: --env,
 --rollout-batch, --load-in-4bit. The step limits are those of the run, or else the environment's.
 The same command continues what was stopped: a finished task (id) or trial (ood) is written at once
-and not repeated.
+and not repeated. A file made with other settings, weights or tips is refused.
 
 Prints a table, beside the paper's numbers, draws a picture, and writes all scores and tips as JSON.
 Five figures come from the same episodes, because the literature reports different ones: the raw
@@ -27,6 +28,7 @@ the episode, the share of episodes at 100, and the share that ended at -100.
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import sys
 import zlib
@@ -47,11 +49,18 @@ from experiments import paper, report
 from rollout import no_progress
 
 TRIALS = {"id": 1, "ood": 10}
-# Settings that an evaluation depends on, beside those of its protocol
-RECORDED = (
-    "tasks env_options model dtype load_in_4bit context shots history action_tokens"
-    " action_correction seed"
+# Settings that eval.py has an option of its own for
+OWN = ("model", "tasks", "seed", "eval_temperature")
+# Settings that change no number of an evaluation. All others are recorded.
+NO_EFFECT = (
+    "preset variations iterations gradient_checkpointing decode_graph lora_r lora_alpha group_size"
+    " tasks_per_iteration rollout_batch memory_prob novelty_threshold intrinsic_coef offpolicy_prob"
+    " denominator learning_rate minibatch_episodes micro_tokens pack clip_low clip_high clip_c"
+    " min_prob beta advantage_eps fixed_std max_grad_norm step_weight discount invalid_penalty"
+    " eval_every eval_variations eval_episodes run_dir resume save_every keep_checkpoints report_to"
 ).split()
+# These may move: what is there is compared, by its checksum.
+PLACES = ("model", "adapter")
 
 
 # --- Evaluation (§5) ------------------------------------------------------------------------------
@@ -114,18 +123,16 @@ def table(played):
 
 
 # --- The protocols --------------------------------------------------------------------------------
-def run_parts(args, s, adapter, parts, save):
+def run_parts(args, s, adapter, load, env, pool, parts, save):
     """Play what is missing of the parts, a list of trials of tasks; `save` is called after each."""
     embed = memory.embedder(s.embedder)
-    env = runs.make_env(s)
-    pool = runs.task_pool(env, s.tasks, args.split, args.variations)
     lanes = min(s.rollout_batch, len(pool) * args.episodes)
     envs = [env] + [runs.make_env(s) for _ in range(lanes - 1)]
     tips = runs.make_memory(s)
     if args.memory:
         tips.load(adapter / "tips.npz")
         require_tips(tips, pool, s)
-    policy = runs.load_policy(s, adapter)
+    policy = load()
     done = {(part["task"], part["trial"]): part for part in parts}
     with tqdm(desc="evaluating", bar_format="{desc} {elapsed}") as bar:
         for task in s.tasks:
@@ -204,7 +211,12 @@ def play(policy, envs, pool, trial, shown, embed, args, s, progress):
 
 def show(protocol, parts, picture):
     """Print the protocol and the table, and draw the picture; ood has a row for every trial."""
-    print(", ".join(f"{name} {value}" for name, value in protocol.items()))
+    told = {k: v for k, v in protocol.items() if k not in ("checksums", "settings")}
+    print(", ".join(f"{name} {value}" for name, value in told.items()))
+    default = vars(settings.Settings())
+    changed = {k: v for k, v in protocol["settings"].items() if v != default[k]}
+    words = ", ".join(f"{name} {value}" for name, value in changed.items())
+    print(f"settings other than the defaults: {words}")
     if settings.is_standin(protocol["model"]):  # its numbers do not stand beside the paper's
         parts = [{**part, "task": f"{part['task']} (stand-in)"} for part in parts]
     columns = ("episodes", "turns", "memory_turns", *FIGURES)
@@ -247,7 +259,7 @@ def parse(argv):
     )
     add = parser.add_argument
     add("run", nargs="?", type=Path, help="a run directory, or one of its checkpoint-N")
-    add("--model", help="evaluate this base model (hub id or folder) instead of a run")
+    add("--model", help="base model (hub id or folder) instead of a run; of a run: its new place")
     add("--protocol", default="id", choices=TRIALS, help="see above (default id)")
     add("--memory", action="store_true", help="id with the checkpoint's tips, at every turn")
     add("--tasks", nargs="+", help="task names [the run's]; ood must be given them")
@@ -260,14 +272,14 @@ def parse(argv):
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
-    own = settings.given(args.settings) & {"model", "tasks", "seed", "eval_temperature"}
+    own = settings.given(args.settings) & {*OWN}
     if own:
         raise ValueError(f"{', '.join(own)}: eval.py has its own option for it, before --")
     if args.episodes is None:
         args.episodes = 4 if args.protocol == "id" else 1
-    if bool(args.run) == bool(args.model):
-        raise ValueError("give either a run directory or --model; see --help")
-    if args.memory and (args.model or args.protocol == "ood"):
+    if not args.run and not args.model:
+        raise ValueError("give a run directory or --model; see --help")
+    if args.memory and (not args.run or args.protocol == "ood"):
         raise ValueError("--memory is for the tips of a run's checkpoint, with --protocol id")
     if args.protocol == "ood" and not args.tasks:
         raise ValueError("--protocol ood needs the new tasks: --tasks NAME ...")
@@ -291,9 +303,9 @@ def find_checkpoint(path):
     return path / f"checkpoint-{saved[-1]}"
 
 
-def describe(args, s, adapter):
+def describe(args, s, adapter, env, checksums):
     """What the numbers were measured with, for people and to tell whether a file fits."""
-    env = runs.make_env(s)
+    recorded = {k: v for k, v in vars(s).items() if k not in (*OWN, *NO_EFFECT)}
     shown = "off"
     if args.memory:
         shown = "tips of the checkpoint at every turn"
@@ -309,19 +321,54 @@ def describe(args, s, adapter):
         "memory": shown,
         "step_limits": {task: env.limit(task) for task in s.tasks},
         "adapter": str(adapter),
-        **{name: getattr(s, name) for name in RECORDED},
+        "model": s.model,
+        "tasks": s.tasks,
+        "seed": args.seed,
+        "settings": recorded,
+        "checksums": checksums,
     }
+
+
+def earlier_parts(path, protocol):
+    """The parts in a file that an evaluation goes on with. Raises ValueError if it does not fit."""
+    try:
+        result = json.loads(path.read_text())
+        parts = result["parts"]
+        other = differing(protocol, result["protocol"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} exists, and holds no evaluation or a damaged one; name another file with --out"
+        ) from error
+    if other:
+        raise ValueError(
+            f"{path} exists, of another evaluation (these differ: {', '.join(other)}); "
+            "name another file with --out"
+        )
+    return parts
+
+
+def differing(ours, theirs):
+    """Names of what two protocols differ in."""
+    names = []
+    for name in {**ours, **theirs}.keys() - {*PLACES}:
+        pair = ours.get(name, ...), theirs.get(name, ...)
+        if all(isinstance(value, dict) for value in pair):
+            names += [f"{name}.{inner}" for inner in differing(*pair)]
+        elif pair[0] != pair[1]:
+            names.append(name)
+    return sorted(names)
 
 
 def run(args):
     """Evaluate, or go on with it. Returns the file that holds the result."""
     s = settings.Settings()
     adapter = None
+    state = None
     name = "base"
     folder = Path()
     if args.run:
         adapter = find_checkpoint(args.run)
-        s, _ = runs.read_checkpoint(adapter)
+        s, state = runs.read_checkpoint(adapter)
         name = adapter.name.removeprefix("checkpoint-")
         folder = adapter.parent
     changed = {"rollout_batch": None, "decode_graph": None}  # as this machine can
@@ -333,23 +380,36 @@ def run(args):
             changed[option] = getattr(args, option)
     changed |= {"seed": args.seed, "eval_temperature": args.temperature}
     s, _ = hardware.defaults(dataclasses.replace(s, **changed))
-    protocol = describe(args, s, adapter)
     memory_part = "-memory" if args.memory else ""
     out = args.out or folder / f"eval-{args.protocol}{memory_part}-{args.split}-{name}.json"
     if not out.parent.is_dir():
         raise ValueError(f"--out: there is no folder {out.parent}")
-    result = {"protocol": protocol, "parts": []}
-    if out.exists():
-        result = json.loads(out.read_text())
-        other = [k for k in protocol if result.get("protocol", {}).get(k) != protocol[k]]
-        if other:
-            raise ValueError(
-                f"{out} exists, with other arguments ({', '.join(other)}); "
-                "name another file with --out"
-            )
-    if len(result["parts"]) < len(s.tasks) * TRIALS[args.protocol]:
-        run_parts(args, s, adapter, result["parts"], lambda: runs.write_json(out, result))
-    show(protocol, result["parts"], out.with_suffix(".png"))
+    env = runs.make_env(s)
+    pool = runs.task_pool(env, s.tasks, args.split, args.variations)
+
+    @functools.cache
+    def load():
+        policy = runs.load_policy(s, adapter)
+        if adapter:
+            runs.require_same_model(state, policy, s)
+        return policy
+
+    if adapter:
+        checksums = {name: state[name] for name in ("weights", "tokenizer")}
+        files = ["adapter_model.safetensors", "adapter_config.json"]
+        files += ["tips.npz"] if args.memory else []
+        checksums |= {file: runs.sha256(adapter / file) for file in files}
+    else:  # what a folder holds now is known once it is loaded
+        checksums = {"weights": load().base_checksum, "tokenizer": load().fingerprint()}
+    protocol = describe(args, s, adapter, env, checksums)
+    parts = earlier_parts(out, protocol) if out.exists() else []
+
+    def save():
+        runs.write_json(out, {"protocol": protocol, "parts": parts})
+
+    if len(parts) < len(s.tasks) * TRIALS[args.protocol]:
+        run_parts(args, s, adapter, load, env, pool, parts, save)
+    show(protocol, parts, out.with_suffix(".png"))
     return out
 
 
@@ -362,7 +422,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\neval.py: stopped; the same command continues", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -38,14 +38,15 @@ class Policy:
     Attributes: `header` ids that open the turn to be written (Qwen3: with an empty thought);
     `past_header` those of a turn that is over; `drops_thoughts` whether the template drops the
     thoughts of such turns; `stop_ids` every control token (each ends an action); `max_positions`
-    the longest sequence the model was built for; `record` what records a step of sampling, or None
-    (decode.py).
+    the longest sequence the model was built for; `base_checksum` tells base models apart; `record`
+    what records a step of sampling, or None (decode.py).
     """
 
     record = None
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model, tokenizer, base_checksum=""):
         self.model = model
+        self.base_checksum = base_checksum
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
         self.end_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
@@ -82,15 +83,17 @@ class Policy:
         if decode_graph and device == "cpu":
             raise ValueError("--decode-graph needs a GPU; leave it out")
         dtype = getattr(torch, dtype)
-        model, tokenizer = weights.load_model(name, device, dtype, load_in_4bit)
+        model, tokenizer, checksum = weights.load_model(name, device, dtype, load_in_4bit)
         if adapter:
             model = weights.load_adapter(model, adapter)
         else:
             model = weights.new_adapter(model, lora_r, lora_alpha, seed)
+        # What the saved adapter names as its base, also if that was an adapter or has moved.
+        model.peft_config["default"].base_model_name_or_path = name
         if gradient_checkpointing:
             options = {"use_reentrant": False}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        policy = cls(model, tokenizer)
+        policy = cls(model, tokenizer, checksum)
         check_attention(policy)
         if decode_graph:
             policy.record = CudaGraphs()

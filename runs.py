@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -39,7 +40,10 @@ RESUMABLE = (
 
 # --- Setting up -----------------------------------------------------------------------------------
 def load_policy(s, adapter=None):
-    """The policy of the settings. Raises ValueError if it cannot hold --context."""
+    """The policy of the settings. Raises ValueError if it cannot hold --context.
+
+    adapter: a folder with that of a run, whose base model may have moved since.
+    """
     name = s.model
     if name == "standin":
         name = str(ROOT / "standin" / s.env)
@@ -49,18 +53,25 @@ def load_policy(s, adapter=None):
         from standin import smollm2  # it needs policy.py, and its maker the environments
 
         name = smollm2.folder(name)
-    policy = Policy.load(
-        name,
-        adapter=adapter,
-        device=find_place().device,
-        dtype=s.dtype or "float32",
-        load_in_4bit=s.load_in_4bit,
-        gradient_checkpointing=s.gradient_checkpointing,
-        decode_graph=s.decode_graph,
-        lora_r=s.lora_r,
-        lora_alpha=s.lora_alpha,
-        seed=s.seed,
-    )
+    try:
+        policy = Policy.load(
+            name,
+            adapter=adapter,
+            device=find_place().device,
+            dtype=s.dtype or "float32",
+            load_in_4bit=s.load_in_4bit,
+            gradient_checkpointing=s.gradient_checkpointing,
+            decode_graph=s.decode_graph,
+            lora_r=s.lora_r,
+            lora_alpha=s.lora_alpha,
+            seed=s.seed,
+        )
+    except ValueError as error:
+        if adapter and str(error).startswith((name, str(adapter))):
+            raise ValueError(
+                f"{error}; if the model has moved, give its new place with --model"
+            ) from error
+        raise
     longest = s.context + 2 * s.tip_tokens + 256  # a tip is written after the whole dialogue
     if longest > policy.max_positions:
         raise ValueError(
@@ -175,6 +186,7 @@ def save_checkpoint(run_dir, iteration, learner, s):
             "iteration": iteration,
             "settings": dataclasses.asdict(s),
             "tokenizer": learner.policy.fingerprint(),
+            "weights": learner.policy.base_checksum,
             "episodes": learner.episodes,
             "seconds": learner.seconds,
             "best": learner.best,
@@ -220,6 +232,7 @@ def read_checkpoint(folder):
         if folder.name != f"checkpoint-{state['iteration']}":
             raise ValueError(f"it is of iteration {state['iteration']}")
         other = state["settings"].keys() ^ {f.name for f in dataclasses.fields(Settings)}
+        other |= {"tokenizer", "weights"} - state.keys()
         if other:
             raise ValueError(f"made by another version: {', '.join(sorted(other))}")
         return Settings(**state["settings"]), state
@@ -245,16 +258,39 @@ def newest_checkpoint(run_dir):
             continue
         for newer in checkpoints(run_dir):
             if newer > iteration:
-                os.rename(run_dir / f"checkpoint-{newer}", run_dir / f"damaged-{newer}")
+                aside = free_name(run_dir / f"damaged-{newer}")
+                os.rename(run_dir / f"checkpoint-{newer}", aside)
         return settings, iteration
     raise ValueError(problem)
+
+
+def free_name(path):
+    """The path, or with -2, -3, ... at the end of its name where something has that name."""
+    free = path
+    for number in itertools.count(2):
+        if not os.path.lexists(free):
+            return free
+        free = path.with_stem(f"{path.stem}-{number}")
+
+
+def require_same_model(state, policy, s):
+    """The base model may be in another place than when the checkpoint was made, but no other model.
+
+    Raises ValueError.
+    """
+    if state["weights"] != policy.base_checksum:
+        raise ValueError(
+            f"{s.model} is another model than the run was trained on (its weights differ); "
+            "give that one's place with --model"
+        )
+    if state["tokenizer"] != policy.fingerprint():
+        raise ValueError(f"{s.model}: its tokenizer is not the one that the run was trained with")
 
 
 def load_checkpoint(folder, learner, s):
     """Put optimizer, memories and counters back."""
     _, state = read_checkpoint(folder)
-    if state["tokenizer"] != learner.policy.fingerprint():
-        raise ValueError(f"{s.model}: its tokenizer is not the one that {folder} was made with")
+    require_same_model(state, learner.policy, s)
     learner.tip_memory.load(folder / "tips.npz")
     learner.novelty.load(folder / "novelty.npz")
     try:
@@ -301,10 +337,9 @@ def open_logs(run_dir, start):
 
 
 def put_aside(path, start):
-    """Keep a damaged file under another name, the first one at each checkpoint; and say so."""
-    aside = path.with_name(f"damaged-{start}-{path.name}")
-    if not aside.exists():
-        os.rename(path, aside)
+    """Keep a damaged file under another name, and say so."""
+    aside = free_name(path.with_name(f"damaged-{start}-{path.name}"))
+    os.rename(path, aside)
     print(f"{path}: a part of it is lost; the run goes on, see {aside}", file=sys.stderr)
 
 

@@ -17,7 +17,7 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRES
 
 On --resume --iterations may grow, and --rollout-batch, --micro-tokens, --dtype, --load-in-4bit,
 --gradient-checkpointing, --decode-graph, --save-every, --keep-checkpoints and --report-to may
-change.
+change. --model may name another place of the same model; its weights are compared.
 """
 
 import os
@@ -274,7 +274,7 @@ def parse(argv):
 def continue_run(run_dir, s, names):
     """(the run's own settings, its newest checkpoint); `names` are those given on --resume."""
     saved, start = runs.newest_checkpoint(run_dir)
-    free = {name: getattr(s, name) for name in names & {"iterations", *runs.RESUMABLE}}
+    free = {name: getattr(s, name) for name in names & {"iterations", "model", *runs.RESUMABLE}}
     for name in names - {"resume", "run_dir", *free}:
         if getattr(s, name) != getattr(saved, name):
             raise ValueError(

@@ -3,6 +3,8 @@
 It changes no number: skip it on a first reading.
 """
 
+import hashlib
+import math
 import os
 import sys
 
@@ -27,7 +29,7 @@ COMPUTED = ("rotary_emb.inv_freq",)  # stored by older versions of transformers;
 
 
 def load_model(name, device, dtype, load_in_4bit):
-    """(model, tokenizer) of a hub id or a folder, frozen.
+    """(model, tokenizer, checksum of the weights) of a hub id or a folder; the model is frozen.
 
     If it is an adapter, as supervised fine-tuning leaves one, it is merged into its base model.
     A quantised checkpoint stays as it is, but computes in `dtype`.
@@ -69,7 +71,7 @@ def load_model(name, device, dtype, load_in_4bit):
             module.support_avx512bf16_for_cpu = False
         if hasattr(module, "compute_dtype"):  # of a 4-bit layer: a checkpoint may name another
             module.compute_dtype = dtype
-    return model.requires_grad_(False), tokenizer
+    return model.requires_grad_(False), tokenizer, checksum(model.named_parameters())
 
 
 def load_tokenizer(name):
@@ -88,7 +90,7 @@ def load_tokenizer(name):
 
 
 def merged(name, device, dtype, load_in_4bit):
-    """(model, tokenizer): the adapter `name` merged into its base model, and said."""
+    """As `load_model`: the adapter `name` merged into its base model, and said."""
     if os.path.exists(os.path.join(name, "config.json")):
         raise ValueError(
             f"{name}: holds a model and an adapter; which is meant? Give each a folder of its own"
@@ -97,10 +99,13 @@ def merged(name, device, dtype, load_in_4bit):
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
         if not base:
             raise ValueError("it names none")
-        model, tokenizer = load_model(base, device, dtype, load_in_4bit)
+        model, tokenizer, base_checksum = load_model(base, device, dtype, load_in_4bit)
         if os.path.exists(os.path.join(name, "tokenizer.json")):
             tokenizer = load_tokenizer(name)
-        model = load_adapter(model, name).merge_and_unload(safe_merge=True)
+        model = load_adapter(model, name)
+        # Of both parts, not of the sum, which is rounded otherwise in every precision.
+        own = checksum((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        model = model.merge_and_unload(safe_merge=True)
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
@@ -109,8 +114,7 @@ def merged(name, device, dtype, load_in_4bit):
         ) from error
     precision = "4-bit" if getattr(model, "is_loaded_in_4bit", False) else str(dtype)[6:]
     print(f"{name} is an adapter: merged into {base}, in {precision}", file=sys.stderr)
-    model.name_or_path = name  # what adapters of this model will name as their base
-    return model.requires_grad_(False), tokenizer
+    return model.requires_grad_(False), tokenizer, base_checksum + own
 
 
 def refuse_other_weights(place, found):
@@ -121,6 +125,29 @@ def refuse_other_weights(place, found):
                 f"{place}: its weights are not those that its configuration describes: "
                 f"{len(names)} {wrong}, such as {min(names)}"
             )
+
+
+def checksum(parameters):
+    """Checksum of (name, weight) pairs: names, shapes and up to 64 numbers of each.
+
+    The same in float32, bfloat16 and NF4: of a matrix it takes what NF4 keeps, the largest |weight|
+    of 64 in a row, and rounds it to bfloat16.
+    """
+    seen = hashlib.sha256()
+    for name, weight in parameters:
+        packed = getattr(weight, "quant_state", None)
+        shape = tuple(packed.shape if packed else weight.shape)
+        blocks = math.prod(shape) // 64
+        if packed:
+            numbers = packed.absmax[:blocks][:: blocks // 64 + 1]
+        elif len(shape) == 1:
+            numbers = weight[:: blocks + 1]
+        else:
+            rows = weight.reshape(-1)[: blocks * 64].view(blocks, 64)
+            numbers = rows[:: blocks // 64 + 1].abs().amax(1)
+        seen.update(repr((name, shape)).encode())
+        seen.update(repr(numbers.bfloat16().tolist()).encode())
+    return seen.hexdigest()
 
 
 def four_bit(dtype):

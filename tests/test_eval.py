@@ -1,17 +1,21 @@
 """eval.py from the outside: the two protocols, what survives a kill, the tables, the figures."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
+import typing
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
+from conftest import CHATML, ROOT, write_checkpoint
+from safetensors.torch import load_file, save
 
 import eval as evaluation
+import memory
 import runs
 import train
 from envs import make
@@ -43,6 +47,13 @@ def evaluate(*argv):
     return json.loads(open(argv[argv.index("--out") + 1]).read())
 
 
+def refusal(capsys, *argv):
+    capsys.readouterr()
+    assert evaluation.main([str(word) for word in argv]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("eval.py: ")]
+    return line
+
+
 def test_a_run_and_a_base_model(run, checkpoint, tmp_path, capsys):
     result = evaluate(run, "--variations", 2, "--out", tmp_path / "run.json")
     parts = [(p["task"], p["episodes"], p["memory_turns"]) for p in result["parts"]]
@@ -65,14 +76,11 @@ def test_bad_input_is_refused_in_one_line(run, checkpoint, tmp_path, capsys, mon
     evaluate(run, "--variations", 1, "--out", out)
 
     def refused(*argv):
-        capsys.readouterr()
-        assert evaluation.main([str(word) for word in argv]) == 2
-        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("eval.py")]
-        assert len(lines) == 1
-        return lines[0]
+        return refusal(capsys, *argv)
 
     more = refused(run, "--variations", 2, "--seed", 1, "--out", out)
-    assert "other arguments (variations, seed)" in more
+    assert f"{out} exists, of another evaluation (these differ: seed, variations)" in more
+    assert "give a run directory or --model" in refused("--tasks", "fan")
     assert "no run with a checkpoint" in refused(tmp_path)
     assert "checkpoint-99" in refused(run / "checkpoint-99")
     assert "no folder" in refused(run, "--out", tmp_path / "no" / "x.json")
@@ -157,6 +165,125 @@ def test_a_killed_evaluation_is_continued(run, tmp_path, protocol, monkeypatch):
     assert evaluate(*command, out) == whole
 
 
+# --- A file is continued by the same evaluation only ----------------------------------------------
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def changed(s, name):
+    """A flag that gives a setting another value."""
+    free = {"env": "webshop", "embedder": "a/b", "preset": "grpo", "run_dir": "x"}
+    free |= {"report_to": "wandb", "env_options": "rooms=3"}
+    value = getattr(s, name)
+    kinds = typing.get_args(FIELDS[name].type) or (FIELDS[name].type,)
+    kinds = [choice for kind in kinds for choice in typing.get_args(kind) or (kind,)]
+    if name in free:
+        new = free[name]
+    elif isinstance(kinds[0], str):
+        new = next(choice for choice in kinds if choice != value)
+    elif bool in kinds:
+        new = not value
+    else:
+        new = (value or 0) + 1 if int in kinds else 0.9 * value or 0.1
+    return f"--{name.replace('_', '-')}={new}"
+
+
+def test_every_setting_is_recorded_or_changes_no_number(run, tmp_path, capsys, monkeypatch):
+    """A new one is recorded, too. Those without effect are all changed at once."""
+    out = tmp_path / "out.json"
+    s, _ = runs.read_checkpoint(run / "checkpoint-1")
+    command = [run, "--protocol", "ood", "--tasks", "clock", "--variations", 2]
+    result = evaluate(*command, "--out", out)
+    capsys.readouterr()
+    recorded = result["protocol"]["settings"]
+    lists = [*recorded, *evaluation.OWN, *evaluation.NO_EFFECT]
+    assert sorted(lists) == sorted(FIELDS), "each in one of them"
+    assert {"mode_level", "temperature", "max_tips", "embedder"} <= recorded.keys()
+    for name in recorded:
+        said = refusal(capsys, *command, "--out", out, "--", changed(s, name))
+        # The tasks of another environment are unknown; the house has no shots to show.
+        assert f"settings.{name}" in said or name in ("env", "shots", "action_correction"), name
+    idle = [changed(s, name) for name in evaluation.NO_EFFECT if name != "decode_graph"]
+    again = evaluate(*command, "--out", tmp_path / "again.json", "--", *idle)
+    assert again["parts"] == result["parts"] and any(e["tip"] for e in again["parts"][0]["played"])
+    monkeypatch.setattr(runs, "load_policy", None)
+    assert evaluate(*command, "--out", out, "--", *idle) == result, "the file fits these, too"
+    shown = capsys.readouterr().out.splitlines()
+    assert "temperature 0.4" in shown[0] and "checksums" not in shown[0]
+    assert "memory_scope task" in shown[1] and "max_tips" not in shown[1]
+
+
+def test_another_adapter_or_memory_of_the_same_name_is_refused(run, tmp_path, capsys, monkeypatch):
+    """A run that was trained again into its directory; one that was moved is the same."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    off = ["--variations", 1, "--out", tmp_path / "off.json"]
+    on = ["--memory", "--variations", 1, "--out", tmp_path / "on.json"]
+    results = [evaluate(run, *options) for options in (off, on)]
+    monkeypatch.setattr(runs, "load_policy", None)
+    for options, result in zip((off, on), results, strict=True):
+        again = evaluate(copy, *options)
+        assert again["parts"] == result["parts"] and "tips.npz" not in results[0]["protocol"]
+    folder = copy / "checkpoint-1"
+    state = json.loads((folder / "state.json").read_text())
+
+    def replace(name, content):
+        (folder / name).write_bytes(content)
+        state["files"][name] = runs.sha256(folder / name)
+        (folder / "state.json").write_text(json.dumps(state))
+
+    tips = memory.TipMemory()
+    tips.load(folder / "tips.npz")
+    tips.add(tips.slots["fan"].keys[0], "another tip", 0, "fan")
+    tips.save(folder / "tips.npz")
+    replace("tips.npz", (folder / "tips.npz").read_bytes())
+    assert "(these differ: checksums.tips.npz)" in refusal(capsys, copy, *on)
+    evaluate(copy, *off)  # it shows no tips
+    weights = load_file(folder / "adapter_model.safetensors")
+    replace("adapter_model.safetensors", save({name: 2 * w for name, w in weights.items()}))
+    said = refusal(capsys, copy, *off)
+    assert "(these differ: checksums.adapter_model.safetensors)" in said
+    config = json.loads((run / "checkpoint-1" / "adapter_config.json").read_text())
+    (copy / "checkpoint-1" / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    assert "checksums.adapter_config.json" in refusal(capsys, copy, *off)
+
+
+def test_another_base_model_in_the_same_place_is_refused(checkpoint, tmp_path, capsys):
+    place, moved = tmp_path / "model", tmp_path / "moved"
+    shutil.copytree(checkpoint, place)
+    rest = ["--tasks", "fan", "--variations", 1, "--out", tmp_path / "base.json"]
+    house = ["--", "--env", "house", "--step-limit", 3]
+    result = evaluate("--model", place, *rest, *house)
+    place.rename(moved)
+    again = evaluate("--model", moved, *rest, *house)
+    assert again["parts"] == result["parts"]
+    write_checkpoint(place, seed=1)
+    said = refusal(capsys, "--model", place, *rest, *house)
+    assert "(these differ: checksums.weights)" in said
+    write_checkpoint(place, template=CHATML + "{# another #}")
+    said = refusal(capsys, "--model", place, *rest, *house)
+    assert "(these differ: checksums.tokenizer)" in said
+
+
+def test_a_damaged_result_or_another_file_is_not_continued(run, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    command = [run, "--variations", 1, "--out", out]
+    result = evaluate(*command)
+    whole = out.read_text()
+    for bad in (whole[:100], "", "[]", "{}", '{"parts": [], "protocol": null}', "\0"):
+        out.write_text(bad)
+        assert f"{out} exists, and holds no evaluation" in refusal(capsys, *command)
+        assert out.read_text() == bad
+    del result["protocol"]["settings"]["step_limit"], result["protocol"]["seed"]
+    result["protocol"]["settings"]["new"] = None
+    out.write_text(json.dumps(result))
+    said = refusal(capsys, *command)
+    assert "(these differ: seed, settings.new, settings.step_limit)" in said
+    del result["protocol"]["settings"]
+    out.write_text(json.dumps(result))
+    assert "(these differ: seed, settings)" in refusal(capsys, *command)
+
+
+# --- The tables -----------------------------------------------------------------------------------
 def follow_the_solution(monkeypatch):
     """Put a player that replays the environment's own solution in the place of the policy's."""
     load, make_env = runs.load_policy, runs.make_env
@@ -225,7 +352,7 @@ def test_a_stand_in_never_stands_beside_the_paper(tmp_path, capsys):
         "memory_turns": 0,
         **SOLVED,
     }
-    protocol = {"protocol": "id", "model": "standin", "tasks": ["find-plant"]}
+    protocol = {"protocol": "id", "model": "standin", "tasks": ["find-plant"], "settings": {}}
     evaluation.show(protocol, [part], tmp_path / "picture.png")
     printed = capsys.readouterr().out
     assert "find-plant (stand-in)" in printed and "paper" not in printed
@@ -243,6 +370,7 @@ def test_webshop_stands_beside_the_paper_only_with_the_full_data(
     part = dict.fromkeys(["episodes", "turns", "memory_turns"], 4) | SOLVED
     part |= {"task": "webshop", "trial": 0, "mean": 62.5, "share_100": 0.25}
     protocol = {"protocol": "id", "model": "m", "tasks": ["webshop"], "environment": version}
+    protocol["settings"] = {}
     evaluation.show(protocol, [part], tmp_path / "picture.png")
     table = capsys.readouterr().out.split("\n\n")[1]
     rows = {}

@@ -568,6 +568,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(name, copy, c
     assert [m["iteration"] for m in runs.records(copy / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
+def test_what_is_put_aside_again_gets_a_free_name(copy, capsys):
+    """Whatever has the name: a folder, a file, a link to nothing. Nothing of it is touched."""
+    (copy / "damaged-4-2").write_text("mine")
+    (copy / "damaged-4-4").symlink_to("nowhere")
+    resume = ["--resume", "--run-dir", str(copy)]
+    for name in ("damaged-4", "damaged-4-3", "damaged-4-5"):
+        (copy / "checkpoint-4" / "tips.npz").write_text(name)
+        assert train.main(resume) == 0
+        assert (copy / name / "tips.npz").read_text() == name and runs.checkpoints(copy)[-1] == 4
+    assert (copy / "damaged-4-2").read_text() == "mine" and (copy / "damaged-4-4").is_symlink()
+    (copy / "damaged-4-evals.jsonl").mkdir()
+    whole = {name: (copy / name).read_bytes() for name in (*runs.LOGS, "settings.json")}
+    for number in (1, 2, 3):  # times at the same checkpoint
+        for name, content in whole.items():
+            (copy / name).write_bytes(b"?" * number + content)
+        runs.open_logs(copy, 4)
+        said = capsys.readouterr().err
+        for name, content in whole.items():
+            taken = number + (name == "evals.jsonl")  # a folder has the first name
+            stem, suffix = name.split(".")
+            end = f"-{taken}" if taken > 1 else ""
+            aside = copy / f"damaged-4-{stem}{end}.{suffix}"
+            assert aside.read_bytes() == b"?" * number + content
+            assert f"{name}: a part of it is lost; the run goes on, see {aside}" in said
+
+
 def test_files_of_another_run_model_or_version_are_refused(copy, capsys):
     resume = ["--resume", "--run-dir", str(copy), "--iterations", "10"]
     folder = copy / "checkpoint-4"
@@ -584,6 +610,8 @@ def test_files_of_another_run_model_or_version_are_refused(copy, capsys):
     for bad in (json.dumps(state), whole[:100], ""):
         (folder / "state.json").write_text(bad)
         assert "checkpoint-4" in refused(capsys, *resume)
+    (folder / "state.json").write_text(whole.replace('"weights"', '"weight"'))
+    assert "made by another version: weights" in refused(capsys, *resume)
     (folder / "state.json").write_text(whole.replace('"tokenizer": "', '"tokenizer": "0'))
     assert "its tokenizer is not the one" in refused(capsys, *resume)
     for iteration in runs.checkpoints(copy):

@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import eval as evaluation
 import runs
 import train
 from experiments import view
@@ -327,6 +328,80 @@ def test_the_merged_checkpoint_of_the_docs_is_the_adapters_policy(finished, tmp_
         assert torch.allclose(logp, policy.logprobs(ids, mask, 1.0)[0][:, 1:], atol=1e-4)
         reference, _ = policy.logprobs(ids, mask, 1.0, reference=True)
         assert not torch.allclose(logp, reference[:, 1:], atol=1e-4)
+
+
+def model_like(folder, out, layer=None, shards="5GB"):
+    """A copy in float32; of one linear layer the weights may be other ones, by a hundredth."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if layer:
+        weight = model.get_submodule(layer).weight.data
+        weight += 0.01 * weight.std() * torch.randn(weight.shape, generator=torch.manual_seed(0))
+    shutil.copytree(folder, out, ignore=lambda *_: ["model.safetensors"])
+    model.save_pretrained(out, max_shard_size=shards)
+    return str(out)
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "float32"])
+def test_the_checksum_of_a_base_model_is_of_its_weights_only(base, finished, checkpoint, tmp_path):
+    """However it is stored and loaded, and whatever the adapter; a layer tuned a bit is another."""
+    folder, adapter = checkpoint, None
+    if base == "bfloat16":
+        folder, adapter = str(STANDIN), finished / "checkpoint-4"
+    ours = Policy.load(folder).base_checksum
+    again = model_like(folder, tmp_path / "again", shards="300KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    tuned = model_like(folder, tmp_path / "tuned", layer="model.layers.1.mlp.down_proj")
+    half = {"dtype": "bfloat16"}
+    for options in ({}, half, {"load_in_4bit": True}, {"load_in_4bit": True, **half}):
+        same = Policy.load(again, adapter=adapter, **options)
+        assert same.base_checksum == ours, options
+        assert Policy.load(tuned, **options).base_checksum != ours, options
+
+
+def test_the_base_model_may_move_and_no_other_takes_its_place(checkpoint, tmp_path, capsys):
+    place, run_dir = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(STANDIN, place)
+    command = [*SMALL, "--model", str(place), "--run-dir", str(run_dir), "--iterations", "1"]
+    assert train.main(command) == 0
+    assert train.main([*command, "--run-dir", str(tmp_path / "whole"), "--iterations", "2"]) == 0
+    moved = place.rename(tmp_path / "a new place")
+    tuned = model_like(moved, tmp_path / "tuned", layer="model.layers.0.self_attn.v_proj")
+    other = shutil.copytree(moved, tmp_path / "other")
+    (other / "chat_template.jinja").write_text((moved / "chat_template.jinja").read_text() + "{##}")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for program in (train, evaluation):
+        argv = ["--resume", "--run-dir", run_dir, "--iterations", 2]
+        if program is evaluation:
+            argv = [run_dir, "--variations", 1]
+
+        def said(*model, program=program, argv=argv):
+            capsys.readouterr()
+            assert program.main([str(word) for word in (*argv, *model)]) == 2
+            (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+            return line
+
+        assert f"{place}: there is no such folder" in said()
+        assert "if the model has moved, give its new place with --model" in said()
+        assert f"{tuned} is another model than the run was trained on" in said("--model", tuned)
+        assert "its weights differ" in said("--model", tuned)
+        wider = said("--model", checkpoint)
+        assert f"the adapter does not fit {checkpoint}" in wider and "with --model" in wider
+        wanted = f"{other}: its tokenizer is not the one that the run was trained with"
+        assert wanted in said("--model", other)
+    (run_dir / "error.log").unlink()
+    assert before == {path: path.read_bytes() for path in before}, "nothing was touched"
+    run_dir = run_dir.rename(tmp_path / "elsewhere")
+    argv = ["--resume", "--run-dir", str(run_dir), "--iterations", "2"]
+    assert train.main([*argv, "--model", str(moved)]) == 0
+    assert_same_run(run_dir, tmp_path / "whole", 2)
+    assert runs.read_checkpoint(run_dir / "checkpoint-2")[0].model == str(moved)
+    config = json.loads((run_dir / "checkpoint-2" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved), "for others who load it with peft"
+    assert train.main([*argv, "--dtype", "bfloat16"]) == 0, "the new place is kept"
+    moved.rename(place)
+    argv = [str(run_dir), "--variations", "1", "--model", str(place)]
+    assert evaluation.main(argv) == 0
+    assert f"model {place}" in capsys.readouterr().out
 
 
 def test_reflexion_moves_no_weight(tmp_path):
