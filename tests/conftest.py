@@ -16,6 +16,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from policy import Policy
+
 # A GPU is only a place: all else that is other there can be had on a CPU.
 FP32 = {"dtype": "float32"}
 AS_ON_A_GPU = {"dtype": "bfloat16", "gradient_checkpointing": True}
@@ -85,6 +87,32 @@ def write_checkpoint(
     config = config_class(**(shape | options))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
+
+
+def check_as_plain_transformers(name):
+    """Greedy tokens and log-probs: sampled as `generate` does, scored as a forward pass does.
+
+    (Those two differ from each other: by 4e-5 with SmolLM2.)
+    """
+    policy = Policy.load(name)
+    prompt = policy.message("user", "look around") + policy.header
+    (action,), (logps,) = policy.sample([prompt], [[0.0] * 12], 0.0)
+    scored = policy.logprobs(
+        torch.tensor([prompt + action]),
+        torch.tensor([[False] * len(prompt) + [True] * len(action)]),
+        1.0,
+    )[0][0, len(prompt) :]
+    plain = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": policy.stop_ids}
+    with torch.no_grad():
+        forward = plain(torch.tensor([prompt + action])).logits[0, len(prompt) - 1 : -1]
+        generated = plain.generate(
+            torch.tensor([prompt]), output_logits=True, return_dict_in_generate=True, **options
+        )
+    assert generated.sequences[0, len(prompt) :].tolist() == action and len(action) > 2
+    for ours, logits in ((logps, torch.cat(generated.logits)), (scored, forward)):
+        best = logits.log_softmax(-1).max(-1).values
+        torch.testing.assert_close(torch.as_tensor(ours), best, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """SmolLM2 by its name, without the package: a small checkpoint plays its part.
 
-pytest tests/test_smollm2.py
+pytest tests/test_smollm2.py; -m slow for the model itself, if it is installed
 """
 
 import pytest
 import torch
+from conftest import check_as_plain_transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
@@ -56,3 +57,17 @@ def test_without_the_package_one_line_says_how_to_install_it(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="smollm2-stages"):
         runs.load_policy(Settings(model="smollm2-stage"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_real_model_in_shards(tied, tmp_path):
+    pytest.importorskip("gguf", reason=smollm2.INSTALL)
+    model, tokenizer = smollm2.unpack()
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path, max_shard_size="100MB")
+    tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 4
+    check_as_plain_transformers(str(tmp_path))

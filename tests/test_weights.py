@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_checkpoint
+from conftest import ROOT, check_as_plain_transformers, write_checkpoint
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_train import SMALL
@@ -339,19 +339,7 @@ def test_a_sharded_checkpoint_with_a_large_vocabulary(tied, tmp_path):
     (tmp_path / "m" / "model.safetensors").unlink()
     model.save_pretrained(name, max_shard_size="100KB")
     assert len(list(Path(name).glob("*.safetensors"))) > 2
-    as_plain_transformers(name)
-
-
-def as_plain_transformers(name):
-    policy = Policy.load(name)
-    prompt = policy.message("user", "look around") + policy.header
-    (action,), (logps,) = policy.sample([prompt], [[0.0] * 12], 0.0)
-    plain = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    with torch.no_grad():
-        logp = plain(torch.tensor([prompt + action])).logits[0, len(prompt) - 1 : -1]
-    best, tokens = logp.log_softmax(-1).max(-1)
-    assert tokens.tolist() == action and len(action) > 2
-    torch.testing.assert_close(torch.tensor(logps), best, atol=1e-5, rtol=0)
+    check_as_plain_transformers(name)
 
 
 def test_the_checkpoint_is_what_peft_loads_onto_the_merged_model(checkpoint, tmp_path):
