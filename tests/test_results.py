@@ -149,7 +149,7 @@ def of_readme():
     smollm2 = cells("smollm2/results.json")
     empo2, grpo = (numbers(each(smollm2[preset], "score")) for preset in ("empo2", "grpo"))
     assert {smollm2[preset]["2"]["curve"][-1]["score"] for preset in smollm2} == {58}
-    yield f"Seeds 0 to 2: EMPO² {empo2}, GRPO {grpo}. On seed 2 both stop after two of the four"
+    yield f"score, seeds 0 to 2: EMPO² {empo2}, GRPO {grpo}. On seed 2 both stop after two"
     yield f"{minutes(smollm2)} a run, after"
 
     laptop = cells("laptop/results.json")
