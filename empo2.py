@@ -19,9 +19,9 @@ other reading.
     where a single token can outweigh the rest; β is 0 by default.
  4. The intrinsic reward is 1/n over a store of distinct states, in every rollout, and part of the
     return (authors: 1/(retrieved tips + 1), in memory rollouts only, and it never reaches the
-    advantage). States are compared by observation, within their memory slot: the task text is
-    the same in all of them. What counts as met before is what was met before this iteration, and
-    earlier in the same episode, so equal episodes of a group get equal rewards.
+    advantage). States are compared by observation alone, without the task text, within their
+    memory slot. What counts as met before is what was met before this iteration, and earlier in
+    the same episode, so equal episodes of a group get equal rewards.
  5. Retrieved tips: similarity >= 0.5, then the 10 best by score (authors). `tip_rank=similarity`
     takes the most similar ones (paper). Of equals the one that served better goes first: the mean
     score of the episodes that wrote it or were shown it. Else a false tip, once written after a

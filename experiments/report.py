@@ -1,11 +1,16 @@
 """Tables and pictures of scores, beside the paper's, and the report of a sweep.
 
 `python -m experiments.sweep laptop --report` writes a sweep's report at any time, from what its
-runs have left so far: summary.md, curves.png and results.json.
+runs have left so far: summary.md, curves.png and results.json. For runs that no sweep made:
+
+  python -m experiments.report runs/a runs/b --made-by "COMMAND, commit abc1234" --out FILE.json
 """
 
+import argparse
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -140,6 +145,7 @@ def measure(run_dir, task):
     if evals:
         seconds += evals[-1]["seconds_training"]
     costs = {
+        "iterations": len(metrics),
         "minutes": round(seconds / 60, 2),
         "episodes": sum(line["episodes"] for line in metrics),
         "solved": round(sum(line["success"] * line["episodes"] for line in metrics)),
@@ -157,7 +163,8 @@ def mean_over_tasks(cells):
             curve.append({name: mean(point[name] for point in points) for name in points[0]})
     states = {one["state"] for one in cells}
     state = states.pop() if len(states) == 1 else "unfinished"
-    costs = {name: mean(one[name] for one in cells) for name in ("minutes", "episodes", "solved")}
+    names = ("iterations", "minutes", "episodes", "solved")
+    costs = {name: mean(one[name] for one in cells) for name in names}
     return cell(state, curve, costs)
 
 
@@ -206,7 +213,13 @@ def report(out, sweep):
     """Write summary.md, curves.png and results.json; `sweep` is what sweep.json holds."""
     settings = sweep["settings"]
     results = measure_all(out, sweep)
-    content = {name: sweep[name] for name in ("runs", "settings", "failed")} | {"tasks": results}
+    content = {
+        "runs": sweep["runs"],
+        # A run may have been continued beyond the sweep's iterations: each cell has its own.
+        "settings": {name: settings[name] for name in settings if name != "iterations"},
+        "failed": sweep["failed"],
+        "tasks": results,
+    }
     (out / "results.json").write_text(json.dumps(content, indent=1))
     what = "score" if settings["env"] == "scienceworld" else "success"
     seeds = ", ".join(map(str, sweep["seeds"]))
@@ -299,3 +312,43 @@ def draw_curves(path, results, what, title):
     figure.supxlabel("training episodes")
     figure.supylabel(f"tip-free {what}")
     figure.savefig(path, dpi=120)
+
+
+# --- Runs that no sweep made ---
+def record(run_dirs, made_by):
+    """What results.json has, of runs that differ in their seed alone. ValueError if they do not."""
+    own = ("seed", "run_dir", "resume", "iterations", *runs.RESUMABLE)
+    shared, tasks = [], {}
+    for run_dir in run_dirs:
+        if not finished(run_dir):
+            raise ValueError(f"{run_dir}: no finished run here")
+        settings = json.loads((run_dir / "settings.json").read_text())
+        for task in settings["tasks"]:
+            row = tasks.setdefault(task, {}).setdefault(settings["preset"], {})
+            row[str(settings["seed"])] = measure(run_dir, task)
+        shared.append({name: settings[name] for name in settings if name not in own})
+        if shared[-1] != shared[0]:
+            raise ValueError(f"{run_dir}: its settings are not those of {run_dirs[0]}")
+    return {"made_by": made_by, "settings": shared[0], "tasks": tasks}
+
+
+def main(argv=None):
+    """Record runs in a JSON file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dirs", nargs="+", type=Path, help="finished runs, a seed each")
+    parser.add_argument("--made-by", required=True, help="the command and commit that made them")
+    parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
+    args = parser.parse_args(argv)
+    try:
+        content = record(args.run_dirs, args.made_by)
+        args.out.write_text(json.dumps(content, indent=1))
+    except (ValueError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
