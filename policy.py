@@ -10,11 +10,16 @@ without tips is built by leaving the tips out: nothing is ever searched for or s
 `check_chat_format` compares this with the tokenizer's own chat template when a model is loaded.
 """
 
+# ruff: noqa: E402
 import hashlib
 import logging
 import os
 import warnings
 from contextlib import nullcontext
+
+# Said to every user without a GPU, and nothing that a user could act on.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 import numpy as np
 import torch
@@ -25,10 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from cache import DialogueCache
 from decode import CudaGraphs, FusedAdapter, decode
-
-# Said to every user without a GPU, and nothing that a user could act on.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 END_OF_TURN = "<|im_end|>"
 HEAD_CHUNK = 256  # action tokens whose [vocab] logits exist at the same time
