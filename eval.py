@@ -269,6 +269,7 @@ def parse(argv):
     add("--temperature", type=float, default=0.4, help="0 = greedy (default 0.4)")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON file [RUN/eval-PROTOCOL-SPLIT-N.json, or ...-base.json]")
+    argv = settings.with_home(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
@@ -415,6 +416,7 @@ def run(args):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,12 +1,16 @@
 """What a run records of an iteration: metrics, transcripts, seconds."""
 
 import resource
+import sys
 import time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+import processes
 from empo2 import intrinsic_return
+from envs import UNKNOWN
 
 
 def rollout_metrics(episodes, jobs, learner):
@@ -76,6 +80,30 @@ def transcript(iteration, episode, intrinsic_coef):
         "task_text": episode.task_text,
         "turns": turns,
     }
+
+
+class Idle:
+    """Called after each iteration; says once why three in a row taught nothing."""
+
+    count = 0  # such iterations in a row
+
+    def __call__(self, episodes, metrics, s):
+        if self.count == 3:
+            return
+        self.count = self.count + 1 if metrics.get("zero_variance_groups") == 1 else 0
+        if self.count == 3 and processes.rank == 0:
+            tqdm.write(f"3 iterations taught nothing: {why_idle(episodes, s)}", file=sys.stderr)
+
+
+def why_idle(episodes, s):
+    """Why no episode of an iteration has an advantage."""
+    answers = [turn.next_observation for episode in episodes for turn in episode.turns]
+    if s.group_size == 1:
+        return "--group-size 1 leaves no episode to compare with"
+    if all(answer == UNKNOWN for answer in answers):
+        return f"none of the last {len(answers)} actions was understood; look at what is written"
+    scores = sorted({f"{episode.score:g}" for episode in episodes})
+    return f"in every group all episodes returned the same (the last scores: {', '.join(scores)})"
 
 
 class Clock:

@@ -10,10 +10,15 @@ without tips is built by leaving the tips out: nothing is ever searched for or s
 `chat_format` compares this with the tokenizer's own chat template when a model is loaded.
 """
 
+# ruff: noqa: E402
 import hashlib
 import logging
 import warnings
 from contextlib import nullcontext
+
+# Said to every user without a GPU, and nothing that a user could act on.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 import numpy as np
 import torch
@@ -22,10 +27,6 @@ from torch.utils.checkpoint import checkpoint
 import weights
 from cache import DialogueCache
 from decode import CudaGraphs, FusedAdapter, decode
-
-# Said to every user without a GPU, and nothing that a user could act on.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 END_OF_TURN = "<|im_end|>"
 END_OF_THOUGHT = "</think>"

@@ -323,7 +323,7 @@ def write_tips(policy, episodes, s, progress=no_progress):
     At most 99 words are kept. The text is not trained on.
     """
     progress("tips", f"{len(episodes)} episodes")
-    prompts = [tip_prompt(policy, episode, s.context) for episode in episodes]
+    prompts = [tip_prompt(policy, episode, s.context - s.tip_tokens) for episode in episodes]
     answers, _ = sample(policy, episodes, prompts, s.tip_tokens, s.temperature)
     for episode, answer in zip(episodes, answers, strict=True):
         words = policy.decode(answer).split()
@@ -332,25 +332,39 @@ def write_tips(policy, episodes, s, progress=no_progress):
 
 
 def tip_prompt(policy, episode, context):
-    """The whole tip-free episode and the request.
+    """The tip-free episode and the request, in at most `context` tokens.
 
-    What is too long is cut: with `history` the first turns, then the end of the last observation.
+    What has no room is cut: the first turns, down to the last one (with `history`, to as many as an
+    action sees), then the end of the last observation. If that is not enough, a turn fewer is kept.
+    Raises ValueError if there is no room for the request alone.
     """
     request = TIP_REQUEST.format(score=episode.score)
-    observation = episode.turns[-1].next_observation
     turns = episode.turns
+    last = turns[-1].next_observation if turns else ""
+    observation = last
+    kept = max(1, episode.history)
+    first = 0  # of the turns that are shown
+
     while True:
-        dialogue = episode.system_ids + [token for turn in turns for token in turn.past_ids]
+        dialogue = [token for turn in turns[first:] for token in turn.past_ids]
         message = policy.message("user", f"{observation}\n\n{request}")
-        fits = len(dialogue) + len(message) <= context
-        if not fits and episode.history and len(turns) > episode.history:
-            turns = turns[1:]
-            continue
-        if fits or not observation:
-            return dialogue + message + policy.header
-        observation = observation.removesuffix(CUT)
-        observation = observation[: len(observation) // 2]
-        observation += CUT if observation else ""
+        prompt = episode.system_ids + dialogue + message + policy.header
+        if len(prompt) <= context:
+            return prompt
+        if len(turns) - first > kept:
+            first += 1
+        elif observation:
+            observation = observation.removesuffix(CUT)
+            observation = observation[: len(observation) // 2]
+            observation += CUT if observation else ""
+        elif kept:
+            kept -= 1
+            observation = last
+        else:
+            raise ValueError(
+                f"--context has no room to ask for a tip after {episode.job.task} "
+                f"({len(prompt) - context} tokens short); raise it, or lower --tip-tokens"
+            )
 
 
 def store_tips(episodes, memory, embed, s):

@@ -1,7 +1,7 @@
 """A run on disk: loading policy and environments, checkpoints, logs."""
 
 import dataclasses
-import fcntl
+import errno
 import hashlib
 import itertools
 import json
@@ -21,6 +21,11 @@ from hardware import find_place
 from policy import Policy
 from settings import Settings
 from weights import first_line
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("Linux or macOS is needed; on Windows use WSL") from None
 
 ROOT = Path(__file__).parent
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
@@ -212,8 +217,13 @@ def flush(*paths):
     """Have files and folders on the disk before anything older is removed: power may fail."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # some file systems cannot do that with a folder
+            if error.errno != errno.EINVAL or not os.path.isdir(path):
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def sha256(path):

@@ -71,7 +71,9 @@ class Settings:
     temperature: float = setting(1.0, "of sampling and of the log-probs in the loss")
     action_tokens: int = setting(32, "longest action")
     tip_tokens: int = setting(160, "longest tip")
-    context: int = setting(4500, "tokens of the longest prompt and action; an episode ends there")
+    context: int = setting(
+        4500, "most tokens of a prompt and the action or tip after it; an episode ends there"
+    )
     history: int = setting(
         0, "earlier turns in a prompt, each as observation and action; 0 = the whole dialogue"
     )
@@ -223,6 +225,7 @@ def parse(argv, description=None):
 
     Raises ValueError with one line for bad input.
     """
+    argv = with_home(argv)
     parser = Parser(
         Settings, description=description, allow_abbrev=False, formatter_class=HelpFormatter
     )
@@ -243,10 +246,23 @@ def parse(argv, description=None):
     return replace(s, **chosen), notes
 
 
+def with_home(argv):
+    """The words of a command line with ~ replaced: a shell leaves it in --run-dir=~/x."""
+    parts = [word.partition("=") for word in argv]
+    return ["".join(map(os.path.expanduser, part)) for part in parts]
+
+
 def given(argv):
     """Names of the settings that a command line gives."""
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
+
+
+def handle(signals, handler):
+    """Set the handler of signals, but not of those that are ignored: nohup wants them ignored."""
+    for signum in signals:
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 def quit_at_once(signum, frame):
@@ -257,7 +273,8 @@ def quit_at_once(signum, frame):
 
 def refuse(argv, description):
     """End the program with one line if the command line is wrong; from here on also on Ctrl-C."""
-    signal.signal(signal.SIGINT, quit_at_once)
+    handle([signal.SIGINT], quit_at_once)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     try:
         s, _ = parse(argv, description)
         known = make(s.env).tasks()

@@ -8,6 +8,7 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRES
   checkpoint-N/     the state at the top of iteration N: the LoRA adapter (loads with peft),
                     optimizer.pt, tips.npz, novelty.npz, state.json
   nonfinite-N/      if iteration N met a gradient that is not finite: what reproduces it
+  wandb-id, wandb/  with --report-to wandb: the id of its run there, and what wandb keeps
 
   python train.py --env scienceworld --tasks find-plant find-animal --iterations 100
   python train.py --env scienceworld --preset grpo --eval-every 10
@@ -30,16 +31,18 @@ if __name__ == "__main__":  # a typo is said before what takes seconds to load
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a lost process is a page of C++
 
 import dataclasses
+import shlex
 import signal
 import time
 import traceback
+import uuid
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -52,7 +55,7 @@ import memory
 import processes
 import rollout
 import runs
-from envs import EnvFault
+from envs import EnvFault, unknown
 
 
 def iterate(iteration, learner, envs, pool, embed, s, clock):
@@ -85,6 +88,7 @@ def train(s, run_dir, start=None):
     runs.write_json(run_dir / "settings.json", dataclasses.asdict(s))
     interrupted = finish_on_interrupt()
     shown = {"score": None, "best": None, "tips shown": 0}
+    idle = logs.Idle()
     with tqdm(
         total=s.iterations,
         initial=start or 0,
@@ -121,6 +125,7 @@ def train(s, run_dir, start=None):
             transcripts = [logs.transcript(iteration, e, s.intrinsic_coef) for e in episodes]
             runs.append(run_dir / "episodes.jsonl", transcripts)
             trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
+            idle(episodes, metrics, s)
             shown["score"] = f"{metrics['score']:.1f}"
             shown["best"] = f"{metrics['score_best']:.0f}"
             shown["tips shown"] = metrics["tips_shown"]
@@ -180,6 +185,9 @@ def make_envs(policy, s):
         job = rollout.Job(task, variation, 0, 0)
         playing = rollout.begin(policy, env, job, None, 0, rollout.load(env, job, EnvFault))
         rollout.open_turn(policy, playing, [], s)
+        if s.memory_prob:
+            request_alone = dataclasses.replace(playing.episode, turns=[], score=-100)
+            rollout.tip_prompt(policy, request_alone, s.context - s.tip_tokens)
     played = processes.share(range(s.tasks_per_iteration * s.group_size))
     lanes = min(s.rollout_batch, len(played))
     return [env] + [runs.make_env(s) for _ in range(lanes - 1)], pool, eval_pool
@@ -187,6 +195,8 @@ def make_envs(policy, s):
 
 def make_trackers(s, run_dir):
     """accelerate's trackers: none without --report-to."""
+    if s.report_to and s.report_to not in LOGGER_TYPE_TO_CLASS:
+        raise unknown("tracker", s.report_to, LOGGER_TYPE_TO_CLASS)
     trackers = Accelerator(project_dir=run_dir)
     trackers.log_with = filter_trackers(s.report_to, run_dir)
     if s.report_to and not trackers.log_with:
@@ -195,8 +205,17 @@ def make_trackers(s, run_dir):
     for name, value in vars(s).items():
         config[name] = value if isinstance(value, (int, float)) else str(value)
     if processes.rank == 0:
-        trackers.init_trackers("empo2", config)
+        options = {"wandb": wandb_run(run_dir)} if s.report_to == "wandb" else {}
+        trackers.init_trackers("empo2", config, options)
     return trackers
+
+
+def wandb_run(run_dir):
+    """Options of `wandb.init`: the run's own id, so that a resume goes on with it; its folder."""
+    path = run_dir / "wandb-id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return {"id": path.read_text(), "resume": "allow", "dir": str(run_dir)}
 
 
 # --- The record -----------------------------------------------------------------------------------
@@ -257,11 +276,23 @@ def summarise(s, run_dir):
             f"after {after['training_episodes']} episodes"
             + (" (not to be compared with the paper's)" if settings.is_standin(s.model) else "")
         )
-    print(f"look at its episodes: python -m experiments.view {run_dir}")
-    print(f"go on: python train.py --resume --run-dir {run_dir} --iterations {2 * s.iterations}")
+    print("look at its episodes:", command("experiments/view.py", run_dir))
+    print("go on:", resume_command(run_dir), "--iterations", 2 * s.iterations)
 
 
 # --- Command line ---------------------------------------------------------------------------------
+def command(script, *words):
+    """A command line that works from the working directory."""
+    path = Path(__file__).resolve().parent / script
+    shorter = min(str(path), os.path.relpath(path), key=len)
+    return shlex.join(["python", shorter, *map(str, words)])
+
+
+def resume_command(run_dir):
+    """The command that goes on with a run."""
+    return command("train.py", "--resume", "--run-dir", run_dir)
+
+
 def parse(argv):
     """(settings, what was decided), as `settings.parse`, with what the hardware decides."""
     s, notes = settings.parse(argv, __doc__)
@@ -333,15 +364,13 @@ def finish_on_interrupt():
                 "Finishing this iteration, then saving. Ctrl-C again stops now and loses it."
             )
 
-    for stop in STOPS:
-        signal.signal(stop, handler)
+    settings.handle(STOPS, handler)
     return received
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    for stop in STOPS:
-        signal.signal(stop, stop_now)
+    settings.handle(STOPS, stop_now)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     run_dir = None
@@ -349,7 +378,8 @@ def main(argv=None):
         processes.start()
         s, notes = parse(argv)
         run_dir = Path(s.run_dir)
-        processes.watch(f"the same launch with --resume --run-dir {run_dir} continues")
+        resume = shlex.join(["--resume", "--run-dir", str(run_dir)])
+        processes.watch(f"the same launch with {resume} continues")
         with ExitStack() as held:
             s, start = processes.from_first(open_run, s, notes, settings.given(argv), held)
             done = train(s, run_dir, start)
@@ -358,14 +388,14 @@ def main(argv=None):
         summarise(s, run_dir)
     except StopNow:
         if run_dir and run_dir.is_dir() and runs.checkpoints(run_dir):
-            processes.say(f"\nstopped; python train.py --resume --run-dir {run_dir} continues")
+            processes.say(f"\nstopped; {resume_command(run_dir)} continues")
         else:
             processes.say("\nstopped before anything was saved")
         return 130
     except torch.OutOfMemoryError:
         processes.say(
             "train.py: out of GPU memory; lower --micro-tokens (update) or --rollout-batch "
-            f"(rollout), or use --load-in-4bit, then: train.py --resume --run-dir {run_dir}",
+            f"(rollout), or use --load-in-4bit, then: {resume_command(run_dir)}",
             sys.stderr,
         )
         return 1
@@ -376,9 +406,8 @@ def main(argv=None):
                 (run_dir / "error.log").write_text(traceback.format_exc())
         return 2
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        settings.handle([signal.SIGINT], signal.default_int_handler)
+        settings.handle([signal.SIGTERM, signal.SIGHUP], signal.SIG_DFL)
     return 0
 
 

@@ -29,6 +29,7 @@ class ShuffledTips(memory.TipMemory):
 
 def main():
     """One run."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -15,7 +15,6 @@ without repeating what is finished. OUT holds
 
 import argparse
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -35,7 +34,7 @@ import envs
 import runs
 import train
 from experiments import paper, report
-from settings import PRESETS
+from settings import PRESETS, handle, with_home
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
@@ -233,7 +232,7 @@ def run_cells(out, cells, args, failed, save):
     except KeyboardInterrupt:
         tqdm.write("Ctrl-C: the runs finish their iteration and save. Again to stop now.")
         for process in running.values():
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # which is not ignored where the sweep runs in the background
         for process in running.values():
             process.wait()
         raise
@@ -261,14 +260,15 @@ def parse(argv):
     parser.add_argument("--together", action="store_true", help="train all tasks in one run")
     parser.add_argument("--report", action="store_true", help="run nothing, only write the report")
     own, shared = [], []
-    parts = [list(argv)]
+    argv = with_home(argv)
+    parts = [argv]
     experiment = None
     if argv and not argv[0].startswith("-"):
         experiment = argv[0]
         if experiment not in EXPERIMENTS:
             raise envs.unknown("experiment", experiment, EXPERIMENTS)
         own = ["--out", f"sweeps/{experiment}"]
-        parts = [shlex.split(EXPERIMENTS[experiment]), list(argv[1:])]
+        parts = [shlex.split(EXPERIMENTS[experiment]), argv[1:]]
     for part in parts:
         cut = part.index("--") if "--" in part else len(part)
         own += part[:cut]
@@ -337,12 +337,7 @@ def sweep(args, shared, argv):
     settings = common_settings(args, shared)
     cells = make_cells(args, shared)
     path = args.out / "sweep.json"
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "sweep.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another sweep is at work in {args.out}") from None
+    with runs.locked(args.out):
         old = {}
         if any(args.out.glob("*/*/*/settings.json")):
             old = json.loads(path.read_text())
@@ -368,8 +363,8 @@ def sweep(args, shared, argv):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
+    handle(train.STOPS, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     failed = 0
     try:
         args, shared = parse(argv)

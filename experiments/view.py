@@ -1,10 +1,11 @@
 r"""Look at a run's episodes turn by turn, in the terminal or as one HTML page.
 
-  python -m experiments.view runs/house-radio-0               # best and worst of the last iteration
-  python -m experiments.view runs/house-radio-0 --list        # all of it, one line each
-  python -m experiments.view runs/house-radio-0 --episode 17  # by its line in episodes.jsonl
-  python -m experiments.view runs/house-radio-0 --task radio --iteration 10 20 --best 3 --worst 3
-  python -m experiments.view runs/house-radio-0 --iteration 0 20 --html run.html
+  python experiments/view.py runs/house-radio-0               # best and worst of the last iteration
+  python experiments/view.py runs/house-radio-0 --list        # all of it, one line each
+  python experiments/view.py runs/house-radio-0 --episode 17  # by its line in episodes.jsonl
+  python experiments/view.py runs/house-radio-0 --task radio --iteration 10 20 --best 3 --worst 3
+  python experiments/view.py runs/house-radio-0 --iteration 0 20 --html run.html
+  python experiments/view.py runs/house-radio-0 --tips        # the memory of the newest checkpoint
 
 Best and worst go by score, then return. What could steer a terminal is shown as \x1b, \u202e, ...
 """
@@ -142,13 +143,66 @@ def choose(episodes, args):
     return sorted(chosen, key=lambda e: e["number"])
 
 
+def show_episodes(args):
+    """Print those that are asked for, or write the page."""
+    path = args.run / "episodes.jsonl"
+    if not path.exists():
+        raise ValueError(f"{args.run} is no run with episodes: there is no {path}")
+    if args.html and args.html.exists() and not args.force:
+        raise ValueError(f"{args.html} exists; --force overwrites it")
+    episodes = read(path)
+    chosen = choose(episodes, args)
+    if args.html:
+        args.html.write_text(page(chosen), encoding="utf-8")
+    elif args.list:
+        print(*map(headline, chosen), sep="\n")
+    else:
+        for e in chosen:
+            print_episode(e)
+    print(f"{len(chosen)} of {len(episodes)} episodes; --help tells how to choose others")
+
+
+def show_tips(args):
+    """Print the memory of the newest checkpoint, slot by slot; the best first, as in retrieval.
+
+    Score: of the episode that wrote the tip. Trials: the episodes that wrote it or were shown it.
+    """
+    sys.path.append(str(Path(__file__).resolve().parent.parent))  # absent where this is a script
+    import memory
+
+    for name, value in vars(args).items():
+        if value and name not in ("run", "tips"):
+            raise ValueError(f"--tips lists the whole memory; leave out --{name}")
+    numbers = [path.name.removeprefix("checkpoint-") for path in args.run.glob("checkpoint-*")]
+    numbers = [int(number) for number in numbers if number.isdigit()]
+    if not numbers:
+        raise ValueError(f"{args.run} is no run with a checkpoint")
+    path = args.run / f"checkpoint-{max(numbers)}" / "tips.npz"
+    slots = sorted((slot, columns) for slot, _, columns in memory.read(path))
+    count = 0
+    for slot, columns in slots:
+        tips = []
+        for age, (text, score, total, trials) in enumerate(zip(*columns)):
+            tips.append((score, total / trials, age, trials, text))
+        print(f"── {visible(slot)} · {len(tips)} tips")
+        for score, mean, _, trials, text in sorted(tips, reverse=True):
+            print(f"score {score:g} · mean {mean:.1f} of {trials} trials │ {visible(text)}")
+        count += len(tips)
+    print(f"{count} tips in {len(slots)} memories of {path}")
+
+
+def home(path):
+    """A path with ~ replaced: a shell leaves it in --html=~/x."""
+    return Path(path).expanduser()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.view",
+        prog="python experiments/view.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=home, help="run directory")
     parser.add_argument("--task", nargs="+", help="only these tasks")
     parser.add_argument(
         "--iteration", type=int, nargs="+", metavar="N", help="only this one, or first and last"
@@ -157,26 +211,21 @@ def main(argv=None):
     parser.add_argument("--best", type=int, default=0, metavar="K", help="of those, the K best")
     parser.add_argument("--worst", type=int, default=0, metavar="K", help="the K worst, as well")
     parser.add_argument("--list", action="store_true", help="one line per episode")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
+    parser.add_argument("--html", type=home, metavar="FILE", help="write a page")
     parser.add_argument("--force", action="store_true", help="let --html overwrite FILE")
+    parser.add_argument(
+        "--tips",
+        action="store_true",
+        help="list the tips in the memory: score of the episode that wrote it, mean score of the "
+        "episodes that wrote it or were shown it (trials)",
+    )
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     try:
-        path = args.run / "episodes.jsonl"
-        if not path.exists():
-            raise ValueError(f"{args.run} is no run with episodes: there is no {path}")
-        if args.html and args.html.exists() and not args.force:
-            raise ValueError(f"{args.html} exists; --force overwrites it")
-        episodes = read(path)
-        chosen = choose(episodes, args)
-        if args.html:
-            args.html.write_text(page(chosen), encoding="utf-8")
-        elif args.list:
-            print(*map(headline, chosen), sep="\n")
+        if args.tips:
+            show_tips(args)
         else:
-            for e in chosen:
-                print_episode(e)
-        print(f"{len(chosen)} of {len(episodes)} episodes; --help tells how to choose others")
+            show_episodes(args)
         sys.stdout.flush()
     except BrokenPipeError:  # head, or a pager that was left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

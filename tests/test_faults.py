@@ -3,6 +3,7 @@
 python -m pytest -m slow -s -n 0 tests/test_faults.py    # 50 kills in each environment, long runs
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -312,6 +313,23 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(copy, monkeypatch)
     assert train.main(["--resume", "--run-dir", str(copy), "--iterations", "5"]) == 0
     kinds = [name for i, name in enumerate(events) if i == 0 or events[i - 1] != name]
     assert kinds[-4:] == ["fsync", "rename", "fsync", "rmtree"]
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_full_disk(tmp_path, monkeypatch):
+    """Some file systems answer EINVAL; for a file, or with another answer, it is a failure."""
+    (tmp_path / "file").touch()
+
+    def fsync(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    number = errno.EINVAL
+    runs.flush(tmp_path)
+    with pytest.raises(OSError, match="Invalid argument"):
+        runs.flush(tmp_path / "file")
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        runs.flush(tmp_path)
 
 
 # --- Simulators -----------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(launch, tmp_
 # --- A process that is lost -----------------------------------------------------------------------
 @pytest.mark.parametrize("victim, act", [(0, nothing), (1, first_is_busy)])
 def test_the_survivor_of_a_kill_ends_and_the_run_goes_on(victim, act, launch, tmp_path):
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "a run"
     launched = launch([*SMALL, "--run-dir", run_dir, "--iterations", 10000], act=act)
     until_played(run_dir, launched)
     time.sleep(1)
@@ -202,7 +202,7 @@ def test_the_survivor_of_a_kill_ends_and_the_run_goes_on(victim, act, launch, tm
     assert time.monotonic() - since < 60
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 2
     assert len(lines) == 1 and "another process was lost" in lines[0] and "0x" not in said
-    assert lines[0].endswith(f"--resume --run-dir {run_dir} continues")
+    assert lines[0].endswith(f"--resume --run-dir '{run_dir}' continues")
     start = runs.checkpoints(run_dir)[-1]
     resume = ["--resume", "--run-dir", str(run_dir), "--iterations"]
     assert launch([*resume, start + 1]).end()[0] == [0, 0]

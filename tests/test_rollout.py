@@ -227,7 +227,7 @@ def test_a_window_has_the_last_turns_without_their_tips_and_reasoning():
     request = f"<u:seen{d}\n\n{rollout.TIP_REQUEST.format(score=e.score)}>A"
     whole = rollout.tip_prompt(policy, e, context=1000)
     assert policy.decode(whole) == f"{system}{first}{second}{third}{fourth}{request}"
-    short = rollout.tip_prompt(policy, e, context=len(whole) - 2)
+    short = rollout.tip_prompt(policy, e, context=len(whole) - 1)
     assert policy.decode(short) == f"{system}{second}{third}{fourth}{request}"
     e.turns[-1].next_observation = ""
     silent = rollout.tip_prompt(policy, e, context=len(whole) - 9)
@@ -348,13 +348,102 @@ def test_the_number_of_environments_changes_no_action_of_a_model():
     assert played[0] == played[1] == played[2]
 
 
-def test_a_tip_request_respects_the_context():
-    """A last observation that is too long is cut, with a mark; all the rest is there."""
-    for length, cut in ((10, False), (100_000, True)):
-        turn = Turn("start", [1], past_ids=[2], next_observation="x" * length)
-        episode = Episode(Job("task", 0, 0, 0), None, 0, "text", [3], [4], [turn], score=50)
-        prompt = rollout.tip_prompt(ToyPolicy(), episode, context=1000)
-        shown = ToyPolicy().decode(prompt)
-        assert len(prompt) <= 1000 + len(ToyPolicy.header)
-        assert "is 50 of 100" in shown and shown.endswith(">A")
-        assert (rollout.CUT in shown) == cut and ("x" * 10 in shown)
+def an_episode(rng, history):
+    """Turns of all lengths -> (episode, the text of each turn)."""
+
+    def words(letter, longest):
+        return letter * int(rng.integers(longest))
+
+    turns, texts = [], []
+    for _ in range(rng.integers(1, 6)):
+        texts.append(f"<u:{words('o', 200)}>A{words('a', 9)}|")
+        turns.append(Turn("", [], past_ids=[ord(c) for c in texts[-1]]))
+    turns[-1].next_observation = words("x", 400)
+    episode = Episode(JOBS[0], None, 0, "text", [ord(c) for c in "<s:P>"], [ord("A")], turns)
+    episode.history, episode.score = history, int(rng.integers(-100, 101))
+    return episode, texts
+
+
+def shortened(observation):
+    """It and what is left of it when it is cut again and again."""
+    yield observation
+    while observation:
+        observation = observation[: len(observation) // 2]
+        yield observation + rollout.CUT if observation else ""
+
+
+@pytest.mark.parametrize("history", [0, 1, 3])
+def test_a_tip_request_is_the_best_that_fits(history):
+    """Of all that may be shown, in this order: turns, then the observation, then fewer turns."""
+    rng = np.random.default_rng(history)
+    kinds = Counter()
+    for _ in range(400):
+        e, texts = an_episode(rng, history)
+        request = rollout.TIP_REQUEST.format(score=e.score)
+        last = e.turns[-1].next_observation
+        kept = min(len(texts), max(1, history))
+        candidates = [(count, last) for count in range(len(texts), kept, -1)]
+        for count in range(kept, -1, -1):
+            candidates += [(count, observation) for observation in shortened(last)]
+        context = int(rng.integers(200, 900))
+        for count, observation in candidates:
+            shown = "".join(texts[len(texts) - count :])
+            expected = f"<s:P>{shown}<u:{observation}\n\n{request}>A"
+            if len(expected) <= context:
+                prompt = rollout.tip_prompt(ToyPolicy(), e, context)
+                assert "".join(map(chr, prompt)) == expected
+                kinds["whole" if observation == last else "cut", min(count, 2)] += 1
+                break
+        else:
+            with pytest.raises(ValueError, match="no room to ask for a tip after task"):
+                rollout.tip_prompt(ToyPolicy(), e, context)
+            kinds["none"] += 1
+    assert min(kinds[kind, count] for kind in ("whole", "cut") for count in (0, 1)) > 5
+    assert kinds["none"] > 5 and kinds["whole", 2] > 5
+
+
+@pytest.mark.parametrize("history", [0, 2])
+def test_every_prompt_and_what_is_written_after_it_fit_the_context(history, monkeypatch):
+    asked = []
+    sample = ToyPolicy.sample
+
+    def spy(policy, prompts, uniforms, temperature, lanes):
+        asked.append(max(map(len, prompts)) + len(uniforms[0]))
+        return sample(policy, prompts, uniforms, temperature, lanes)
+
+    monkeypatch.setattr(ToyPolicy, "sample", spy)
+    left = []
+    for context in range(305, 400):
+        asked.clear()
+        sizes = {"history": history, "context": context, "action_tokens": 9, "tip_tokens": 40}
+        policy, episodes = play(JOBS[:2], memory_prob=0.5, seed=context, **sizes)
+        rollout.write_tips(policy, episodes, Settings(**sizes))
+        assert all(e.tip for e in episodes)
+        left.append(context - max(asked))
+    assert min(left) == 0, "all the room there is, and no more"
+
+
+def test_a_tip_is_asked_for_in_the_format_of_the_model():
+    """Also after a first turn that was left out in the middle of its action."""
+    policy = Policy.load(str(ROOT / "standin" / "house"))
+    said = ["A hall.", "look around", "A room.", "open box", "An empty box."]
+    cut, whole = policy.encode(said[1]), [*policy.encode(said[3]), policy.end_id]
+    turns = [
+        Turn(said[0], policy.message("user", said[0]), action_ids=cut),
+        Turn(said[2], policy.message("user", said[2]), action_ids=whole),
+    ]
+    for turn in turns:
+        turn.past_ids = rollout.past(policy, turn)
+    turns[-1].next_observation = said[4]
+    system = policy.message("system", "Be brief.")
+    e = Episode(JOBS[0], None, 0, "text", system, policy.header, turns)
+    request = f"{said[4]}\n\n{rollout.TIP_REQUEST.format(score=0)}"
+    whole = rollout.tip_prompt(policy, e, 10_000)
+    for context, shown in ((len(whole), said[:4]), (len(whole) - 1, said[2:4])):
+        roles = ["system", *["user", "assistant"] * (len(shown) // 2), "user"]
+        messages = zip(roles, ["Be brief.", *shown, request], strict=True)
+        assert rollout.tip_prompt(policy, e, context) == policy.tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in messages],
+            add_generation_prompt=True,
+            return_dict=False,
+        )

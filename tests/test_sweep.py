@@ -20,7 +20,8 @@ from experiments import paper, report, sweep
 
 # Plays train.py: keeps its arguments, holds the run's lock, waits for the file GO, and evaluates.
 FAKE = """
-import fcntl, json, pathlib, sys, time
+import fcntl, json, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 argv = sys.argv[1:]
 run_dir = pathlib.Path(argv[argv.index("--run-dir") + 1])
 if run_dir.parts[-3] == "broken":
@@ -76,11 +77,17 @@ def command(out, *own, presets=("grpo",), shared=SHARED):
     ]
 
 
-def start(out, argv):
+def start(out, argv, ignored=()):
     """The sweep of the fake in a process of its own, once its run has begun."""
+
+    def ignore():
+        for signum in ignored:
+            signal.signal(signum, signal.SIG_IGN)
+
     code = "import sys; from experiments import sweep; sweep.TRAIN = sys.argv[1];"
     code += "sys.exit(sweep.main(sys.argv[2:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, str(sweep.TRAIN), *argv], cwd=ROOT)
+    words = [sys.executable, "-c", code, str(sweep.TRAIN), *argv]
+    process = subprocess.Popen(words, cwd=ROOT, preexec_fn=ignore)
     while not runs.checkpoints(out / "radio/grpo/0"):
         assert process.poll() is None, "the sweep ended too early"
         time.sleep(0.02)
@@ -131,7 +138,7 @@ def test_a_killed_sweep_leaves_no_run_twice(out, capsys):
     """Its run goes on: the next sweep reports it as taken, and a later one finds it finished."""
     process = start(out, command(out))
     assert sweep.main(command(out)) == 2
-    assert "another sweep is at work" in capsys.readouterr().err
+    assert "another process is at work here" in capsys.readouterr().err
     process.kill()
     process.wait()
     assert sweep.main(command(out)) == 1
@@ -144,9 +151,22 @@ def test_a_killed_sweep_leaves_no_run_twice(out, capsys):
     assert "failed" not in (out / "summary.md").read_text()
 
 
-def test_ctrl_c_lets_the_runs_save_and_the_same_command_continues(out):
-    process = start(out, command(out))
+def test_a_signal_that_is_ignored_at_the_start_does_not_stop_a_sweep(out):
+    process = start(out, command(out), [signal.SIGHUP, signal.SIGINT])
+    process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGINT)
+    (out.parent / "GO").touch()
+    assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(
+    "stop, ignored",
+    [(signal.SIGINT, []), (signal.SIGHUP, []), (signal.SIGTERM, [signal.SIGINT])],
+    ids=["ctrl-c", "terminal closed", "in a script's background"],
+)
+def test_a_signal_lets_the_runs_save_and_the_same_command_continues(stop, ignored, out):
+    process = start(out, command(out), ignored)
+    process.send_signal(stop)
     assert process.wait(timeout=60) == 130
     assert (out / "radio/grpo/0/saved").exists()
     (out.parent / "GO").touch()

@@ -1,13 +1,18 @@
 """train.py from the outside: what a run leaves, what survives, what is refused."""
 
+import io
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import accelerate.tracking
@@ -20,9 +25,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
+import logs
 import runs
+import settings
 import train
-from experiments import view
+from envs import UNKNOWN
+from experiments import sweep, view
 from policy import Policy
 from settings import PRESETS
 from worlds.house import House
@@ -97,7 +105,7 @@ def test_how_many_play_side_by_side_changes_nothing(lanes, tmp_path):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_finishes_the_iteration_and_saves(stop, tmp_path):
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "a run"
     command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "10000"]
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *command, "--save-every", "1000"],
@@ -118,7 +126,26 @@ def test_ctrl_c_finishes_the_iteration_and_saves(stop, tmp_path):
     said, _ = process.communicate(timeout=60)
     done = len(runs.records(run_dir / "metrics.jsonl"))
     assert process.returncode == 130 and (run_dir / f"checkpoint-{done}").exists(), said
-    assert f"train.py --resume --run-dir {run_dir}" in said.splitlines()[-1]
+    assert f"train.py --resume --run-dir '{run_dir}' continues" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "background"])
+def test_a_signal_that_is_ignored_at_the_start_stops_nothing(stop, tmp_path):
+    """nohup ignores SIGHUP, and a script's & SIGINT; here it comes all the time."""
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *SMALL, "--run-dir", run_dir, "--iterations", "2"],
+        preexec_fn=lambda: signal.signal(stop, signal.SIG_IGN),
+        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None:
+        process.send_signal(stop)
+        time.sleep(0.01)
+    said = process.stdout.read()
+    assert process.returncode == 0 and "Finishing" not in said, said
+    assert len(runs.records(run_dir / "metrics.jsonl")) == 2
 
 
 def test_a_second_ctrl_c_in_a_java_call_ends_quietly(tmp_path):
@@ -164,6 +191,8 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatc
     assert "between 0 and 1" in refused(capsys, *new, "--memory-prob", "2")
     assert "not be negative" in refused(capsys, *new, "--beta", "-1")
     assert "no room for even one turn" in refused(capsys, *short, "--context", "20")
+    long_tip = ["--context", "1000", "--tip-tokens", "990"]
+    assert "no room to ask for a tip after radio (" in refused(capsys, *short, *long_tip)
     assert "lower --context" in refused(capsys, *short, "--context", "100000")
     assert "tokenizer" in refused(capsys, *SMALL, "--model", tmp_path, "--run-dir", tmp_path / "x")
     assert "no stand-in for webshop" in refused(capsys, *new, "--env", "webshop")
@@ -176,7 +205,8 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatc
     assert "nothing to resume" in refused(capsys, "--resume", "--run-dir", tmp_path / "never")
     assert "did you mean --memory-prob " in refused(capsys, "--memory-probs", "1")
     accelerate.state.PartialState._reset_state()  # as in a new process
-    assert "tensorboards" in refused(capsys, *new, "--report-to", "tensorboards")
+    assert "did you mean tensorboard?" in refused(capsys, *new, "--report-to", "tensorboards")
+    assert "there are: aim, comet_ml" in refused(capsys, *new, "--report-to", "all")
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     assert "pip install" in refused(capsys, *short, "--report-to", "tensorboard")
     monkeypatch.setattr(House, "DEFAULT_TASKS", [])
@@ -191,10 +221,11 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.empo2, "update", full)
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "a run"
     assert train.main([*SMALL, "--run-dir", str(run_dir)]) == 1
     error = capsys.readouterr().err
     assert "--micro-tokens" in error and "--rollout-batch" in error
+    assert f"train.py --resume --run-dir '{run_dir}'\n" in error
     assert runs.checkpoints(run_dir) == [0]
 
 
@@ -212,7 +243,8 @@ def test_the_first_minutes(tmp_path):
     command = [sys.executable, ROOT / "train.py", *SMALL[:-2], "--run-dir", run_dir]
     command += ["--iterations", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
-    progress = [line for line in done.stderr.splitlines() if line.startswith("iteration ")]
+    progress = done.stderr.splitlines()
+    assert all(line.startswith("iteration ") for line in progress), "and no warning"
     assert len(progress) == 2 and "tips shown" in progress[1] and "\r" not in done.stderr
     before_after, look, go_on = done.stdout.splitlines()[-3:]
     assert "->" in before_after and "not to be compared" in before_after
@@ -303,6 +335,113 @@ def test_metrics_reach_a_tracker(tmp_path, monkeypatch):
     steps = [(step, "approx_kl" in names) for step, names in Tracker.logged]
     assert (0, True) in steps and (0, ["eval_score"]) in Tracker.logged
     assert (1, ["eval_success"]) in Tracker.logged
+
+
+def test_a_resume_goes_on_with_its_wandb_run(tmp_path, monkeypatch):
+    """With a module in the place of wandb."""
+    opened, logged = [], []
+
+    class Run:
+        def log(self, values, step):
+            logged.append(step)
+
+        def finish(self):
+            pass
+
+    def init(**options):
+        opened.append(options)
+        return Run()
+
+    fake = SimpleNamespace(init=init, config=SimpleNamespace(update=lambda *_, **__: None))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    there = [accelerate.utils.LoggerType.WANDB]
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: there)
+    for name in "ab":
+        new = ["--run-dir", str(tmp_path / name), "--report-to", "wandb"]
+        assert train.main([*SMALL, *new, "--iterations", "1"]) == 0
+    assert train.main(["--resume", "--run-dir", str(tmp_path / "a"), "--iterations", "2"]) == 0
+    a, b, again = opened
+    assert a == again and a["id"] != b["id"] and a["resume"] == "allow"
+    assert a["dir"] == str(tmp_path / "a") and logged == [0, 0, 1]
+
+
+def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
+    """And reports the reason that there is."""
+    command = [*SMALL, "--run-dir", str(tmp_path / "run"), "--iterations", "4"]
+    assert train.main([*command, "--group-size", "1", "--beta", "0.1"]) == 0
+    lines = [x for x in capsys.readouterr().err.splitlines() if "taught nothing" in x]
+    said = "3 iterations taught nothing: --group-size 1 leaves no episode to compare with"
+    assert lines == [said]
+    flat, useful = {"zero_variance_groups": 1.0}, {"zero_variance_groups": 0.5}
+    s, idle = train.parse([])[0], logs.Idle()
+    heard, unheard = (
+        SimpleNamespace(score=score, turns=[SimpleNamespace(next_observation=text)])
+        for score, text in ((50, "a hall"), (0, UNKNOWN))
+    )
+    for metrics in (flat, flat, useful, flat, flat, {}, flat, flat):
+        idle([heard], metrics, s)
+    assert "taught" not in capsys.readouterr().err
+    for _ in range(2):
+        idle([heard, unheard], flat, s)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("all episodes returned the same (the last scores: 0, 50)")
+    assert logs.why_idle([unheard] * 2, s).startswith("none of the last 2 actions was understood")
+
+
+def test_the_commands_at_the_end_work_from_anywhere(finished, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "a run"
+    shutil.copytree(finished, run_dir)
+    s, _ = runs.read_checkpoint(run_dir / "checkpoint-4")
+    for cwd in (ROOT, tmp_path):
+        monkeypatch.chdir(cwd)
+        train.summarise(s, Path(os.path.relpath(run_dir)))
+        look, go_on = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
+        assert (cwd == ROOT) == look.startswith("python experiments/view.py ")
+        for more in ("", " --tips"):
+            words = f"{shlex.quote(sys.executable)} {look.removeprefix('python ')}{more}"
+            done = subprocess.run(words, shell=True, capture_output=True, text=True)
+            end = " in 2 memories of " if more else "2 of 24 episodes; "
+            assert done.returncode == 0 and end in done.stdout.splitlines()[-1], done.stderr
+        python, script, *argv = shlex.split(go_on)
+        assert Path(script).resolve() == ROOT / "train.py"
+        s_again, _ = train.parse(argv)
+        assert s_again.resume and Path(s_again.run_dir).samefile(run_dir)
+
+
+def test_a_terminal_without_utf_8(monkeypatch):
+    for print_help in (
+        lambda: settings.refuse(["--help"], train.__doc__),
+        lambda: evaluation.main(["--help"]),
+        lambda: sweep.main(["--help"]),
+    ):
+        handler = signal.getsignal(signal.SIGINT)
+        ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", ascii_only)
+        with pytest.raises(SystemExit) as end:
+            print_help()
+        signal.signal(signal.SIGINT, handler)
+        print("EMPO²")
+        ascii_only.flush()
+        said = ascii_only.buffer.getvalue()
+        assert end.value.code == 0 and b"usage" in said and said.endswith(b"EMPO\\xb2\n")
+
+
+def test_a_path_from_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    s, _ = settings.parse(["--run-dir=~/x", "--model", "~/m", "--env-options", "data=~/d"])
+    assert (s.run_dir, s.model, s.env_options) == ("/home/me/x", "/home/me/m", ["data=/home/me/d"])
+    args = evaluation.parse(["--model=~/m", "--out=~/o", "--", "--embedder=~/e"])
+    assert (args.model, str(args.out)) == ("/home/me/m", "/home/me/o")
+    assert args.settings == ["--embedder=/home/me/e"]
+    args, shared = sweep.parse(["laptop", "--out=~/s", "--", "--model=~/m"])
+    assert str(args.out) == "/home/me/s" and shared[-1] == "--model=/home/me/m"
+    assert settings.with_home(["a~/x", "x=y=z"]) == ["a~/x", "x=y=z"]
+
+
+def test_without_fcntl_it_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(SystemExit, match="Linux or macOS is needed; on Windows use WSL"):
+        runpy.run_path(str(ROOT / "runs.py"))
 
 
 def test_the_merged_checkpoint_of_the_docs_is_the_adapters_policy(finished, tmp_path):

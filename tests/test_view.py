@@ -10,10 +10,12 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from experiments import view
+from memory import TipMemory
 
 BAD = "<b>&amp;</b></pre></details><script>x</script>\"' \x1b[31m\r\x07 \u202e \0 \u2028 \x85 \x9b"
 SHOWN = BAD[: BAD.index("\x1b")] + r"\x1b[31m\r\x07 \u202e \x00 \u2028 \x85 \x9b"
@@ -163,17 +165,66 @@ def test_bad_input_is_refused_in_one_line(run, capsys, tmp_path):
     assert "no run with episodes" in capsys.readouterr().err
 
 
-def test_the_commands_of_the_docstring(run, capsys, tmp_path, monkeypatch):
+def test_the_commands_of_the_docstring(run, memory, capsys, tmp_path, monkeypatch):
     episodes = [episode(iteration) for iteration in range(20)]
     folder = run(episodes)
     monkeypatch.chdir(tmp_path)
     for line in view.__doc__.splitlines():
         if line.startswith("  python"):
-            shown(capsys, folder, *shlex.split(line, comments=True)[4:])
+            shown(capsys, folder, *shlex.split(line, comments=True)[3:])
     assert (tmp_path / "run.html").exists()
 
 
+@pytest.fixture
+def memory(tmp_path):
+    """Two checkpoints; the newer one has two slots."""
+    memory = TipMemory()
+    for checkpoint, slots in (("checkpoint-9", ["old"]), ("checkpoint-10", ["fan/0", "a/1\x1b"])):
+        memory.slots.clear()
+        for slot in slots:
+            for text, score in (("a", 50), ("b", 50), ("c", 50), ("low", 0), ("best\u202e", 99.5)):
+                memory.add(np.eye(3)[0], text, score, slot)
+            memory.judge(["a", "low"], 80, slot)
+        (tmp_path / checkpoint).mkdir()
+        memory.save(tmp_path / checkpoint / "tips.npz")
+    (tmp_path / "checkpoint-11.tmp").mkdir()
+    return memory
+
+
+def test_tips_are_listed_by_slot_as_they_are_retrieved(memory, capsys, tmp_path):
+    lines = shown(capsys, str(tmp_path), "--tips").splitlines()
+    slot = [
+        r"score 99.5 · mean 99.5 of 1 trials │ best\u202e",
+        "score 50 · mean 65.0 of 2 trials │ a",
+        "score 50 · mean 50.0 of 1 trials │ c",
+        "score 50 · mean 50.0 of 1 trials │ b",
+        "score 0 · mean 40.0 of 2 trials │ low",
+    ]
+    end = f"10 tips in 2 memories of {tmp_path / 'checkpoint-10' / 'tips.npz'}"
+    assert lines == [r"── a/1\x1b · 5 tips", *slot, "── fan/0 · 5 tips", *slot, end]
+    retrieved = memory.retrieve(np.eye(3)[0], "fan/0")
+    assert [line.partition("│ ")[2] for line in slot] == [view.visible(tip) for tip in retrieved]
+
+
+def test_a_list_of_tips_that_cannot_be_had_is_one_line(memory, run, capsys, tmp_path, monkeypatch):
+    def refused(*argv):
+        assert view.main([*argv, "--tips"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "leave out --task" in refused(str(tmp_path), "--task", "radio")
+    assert "leave out --html" in refused(str(tmp_path), "--html", "page.html")
+    (tmp_path / "checkpoint-10" / "tips.npz").write_bytes(b"no")
+    assert "damaged" in refused(str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "new").mkdir()
+    assert f"{tmp_path}/new is no run with a checkpoint" in refused("~/new")
+    TipMemory().save(tmp_path / "checkpoint-10" / "tips.npz")
+    assert shown(capsys, "~", "--tips").startswith("0 tips in 0 memories")
+
+
 def test_head_does_not_make_it_fail(run):
-    command = f"{sys.executable} -m experiments.view {run(NINE * 999)} --best 9999 | head -1"
+    command = f"{sys.executable} experiments/view.py {run(NINE * 999)} --best 9999 | head -1"
     head = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     assert head.stderr == ""
