@@ -447,3 +447,17 @@ def test_a_tip_is_asked_for_in_the_format_of_the_model():
             add_generation_prompt=True,
             return_dict=False,
         )
+
+
+def test_a_run_does_not_start_without_room_for_the_longest_request():
+    policy = Policy.load(str(ROOT / "standin" / "house"))
+    request = f"\n\n{rollout.TIP_REQUEST.format(score=-100)}"
+    _, info = make("house").reset("radio", 0)
+    least = policy.message("system", info["prompt"]) + policy.message("user", request)
+    needed = len(least + policy.header) + 300
+    run = {"env": "house", "tasks": ["radio"], "variations": 1, "eval_every": 0, "tip_tokens": 300}
+    run |= {"tasks_per_iteration": 1, "rollout_batch": 1}
+    train.make_envs(policy, Settings(**run, context=needed))
+    train.make_envs(policy, Settings(**run, context=needed - 1, memory_prob=0.0))  # no tips
+    with pytest.raises(ValueError, match="no room to ask for a tip after radio .1 tokens short"):
+        train.make_envs(policy, Settings(**run, context=needed - 1))

@@ -381,8 +381,8 @@ def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
     for metrics in (flat, flat, useful, flat, flat, {}, flat, flat):
         idle([heard], metrics, s)
     assert "taught" not in capsys.readouterr().err
-    for _ in range(2):
-        idle([heard, unheard], flat, s)
+    for metrics in (flat, useful, flat, flat, flat):
+        idle([heard, unheard], metrics, s)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("all episodes returned the same (the last scores: 0, 50)")
     assert logs.why_idle([unheard] * 2, s).startswith("none of the last 2 actions was understood")
