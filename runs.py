@@ -77,11 +77,9 @@ def load_policy(s, adapter=None):
                 f"{error}; if the model has moved, give its new place with --model"
             ) from error
         raise
-    longest = s.context + 2 * s.tip_tokens + 256  # a tip is written after the whole dialogue
-    if longest > policy.max_positions:
+    if s.context > policy.max_positions:
         raise ValueError(
-            f"--context {s.context} and a tip need {longest} positions, {s.model} has "
-            f"{policy.max_positions}; lower --context"
+            f"--context is {s.context}, but {s.model} has {policy.max_positions} positions; lower it"
         )
     return policy
 

@@ -485,6 +485,12 @@ def test_a_gpu_is_only_a_place(monkeypatch):
     assert (s.dtype, s.gradient_checkpointing, s.load_in_4bit) == ("bfloat16", False, False)
 
 
+def test_the_context_fits_the_model():
+    runs.load_policy(Settings(env="house", model="standin", context=8192))
+    with pytest.raises(ValueError, match="--context is 8193, but standin has 8192 positions"):
+        runs.load_policy(Settings(env="house", model="standin", context=8193))
+
+
 def test_models_that_cannot_be_used_get_one_line(tmp_path, checkpoint, monkeypatch):
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):
         Policy.load(str(tmp_path))
