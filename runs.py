@@ -77,10 +77,9 @@ def load_policy(s, adapter=None):
                 f"{error}; if the model has moved, give its new place with --model"
             ) from error
         raise
-    if s.context > policy.max_positions:
-        raise ValueError(
-            f"--context is {s.context}, but {s.model} has {policy.max_positions} positions; lower it"
-        )
+    most = policy.max_positions
+    if s.context > most:
+        raise ValueError(f"--context is {s.context}, but {s.model} has {most} positions; lower it")
     return policy
 
 
