@@ -131,6 +131,18 @@ def test_ood_fills_a_memory_and_moves_no_weight(run, tmp_path, monkeypatch, caps
     assert "| printer, trial 9 " in capsys.readouterr().out
 
 
+def test_ood_meets_each_task_with_an_empty_memory_even_if_all_share_one(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(evaluation.TRIALS, "ood", 2)
+    command = [run, "--protocol", "ood", "--tasks", "clock", "fan", "--variations", 1]
+    parts = evaluate(*command, "--out", tmp_path / "ood.json", "--", "--memory-scope", "all")[
+        "parts"
+    ]
+    clock, _, fan, with_tips = ([e for e in part["played"]] for part in parts)
+    assert {e["slot"] for e in clock + fan} == {"all"}
+    assert clock[0]["tip"] and clock[0]["tip"] != fan[0]["tip"]
+    assert with_tips[0]["tips_shown"] == [fan[0]["tip"]]
+
+
 @pytest.mark.parametrize("protocol", ["id", "ood"])
 def test_a_killed_evaluation_is_continued(run, tmp_path, protocol, monkeypatch):
     """kill -9, then the same command: nothing is repeated, the same numbers come out."""
@@ -274,6 +286,29 @@ def test_evaluations_do_not_depend_on_how_many_play_side_by_side(checkpoint):
         assert not any(turn.tips for e in played for turn in e.turns)
         told.append([[turn.action_ids for turn in e.turns] for e in played])
     assert told[0] == told[1] == told[2]
+
+
+def test_an_evaluation_acts_at_its_own_temperature_and_writes_tips_at_that_of_training(checkpoint):
+    options = {"action_tokens": 4, "tip_tokens": 6, "temperature": 0.9, "eval_temperature": 0.3}
+    s = Settings(env="house", model=checkpoint, **options)
+    policy = runs.load_policy(s)
+    asked = []
+    sample = policy.sample
+
+    def spy(prompts, uniforms, temperature, lanes):
+        asked.append((temperature, len(uniforms[0])))
+        return sample(prompts, uniforms, temperature, lanes)
+
+    policy.sample = spy
+    envs = [make("house", step_limit=2)]
+    evaluation.evaluate(policy, envs, [("fan", 97)], 1, s, np.random.default_rng(0), write=True)
+    assert asked == [(0.3, 4), (0.3, 4), (0.9, 6)]
+
+
+def test_the_best_score_reached_is_not_below_that_of_the_start():
+    turn = Turn("", [], reward=-100)
+    failed = Episode(Job("", 0, 0, 0), None, 0, "", [], [], [turn], score=-100)
+    assert evaluation.figures([failed])["best_reached"] == 0
 
 
 def test_the_five_figures():

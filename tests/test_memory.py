@@ -60,9 +60,13 @@ def test_of_tips_with_equal_scores_the_one_that_served_better_goes_first():
     assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "both served as badly"
     memory.add(X, "true", 100, "slot")  # told again
     assert memory.retrieve(X, "slot") == ["true", "false", "worse"]
+    for _ in range(4):
+        memory.judge({"false", "forgotten"}, 40, "slot")
+    held = memory.slots["slot"]
+    assert (held.totals, held.trials) == ([100, 160, -17], [3, 6, 2])
+    assert memory.retrieve(X, "slot") == ["true", "false", "worse"], "means (33, 27), no sums"
     memory.judge({"true"}, -100, "slot")
-    memory.judge({"false", "forgotten"}, 0, "slot")
-    assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "means, no sums: -33, 0"
+    assert memory.retrieve(X, "slot") == ["false", "true", "worse"]
     memory.add(X, "new", 0, "slot")  # the oldest goes, and the others keep what is theirs
     memory.add(X, "good", 100, "slot")
     assert memory.retrieve(X, "slot") == ["good", "worse", "new"]
@@ -155,3 +159,7 @@ def test_a_full_novelty_store_forgets_the_state_that_was_met_least():
     assert len(novelty) == 2
     assert novelty.rewards([x], "task") == [1 / 3] and novelty.rewards([z], "task") == [1 / 2]
     assert novelty.rewards([y], "task") == [1], "the oldest of those met once made room"
+    before = novelty.slots["task"].keys.copy()
+    assert novelty.rewards([y, y], "task") == [1, 1 / 2]
+    assert (novelty.slots["task"].keys == before).all(), "asking makes no room in the store"
+    assert novelty.rewards([z], "task") == [1 / 2]
