@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import eval as evaluation
+import rollout
 import runs
 import train
 from envs import make
 from experiments import paper
+from memory import TipMemory, embedder
 from rollout import Episode, Job, Turn
 from settings import Settings
 from worlds.house import House
@@ -283,6 +286,7 @@ def test_evaluations_do_not_depend_on_how_many_play_side_by_side(checkpoint):
     for lanes in (1, 3, 6):
         envs = [make("house", step_limit=4) for _ in range(lanes)]
         played = evaluation.evaluate(policy, envs, pool, 3, s, np.random.default_rng(0))
+        assert [e.job.variation for e in played] == [96] * 3 + [97] * 3
         assert not any(turn.tips for e in played for turn in e.turns)
         told.append([[turn.action_ids for turn in e.turns] for e in played])
     assert told[0] == told[1] == told[2]
@@ -305,10 +309,61 @@ def test_an_evaluation_acts_at_its_own_temperature_and_writes_tips_at_that_of_tr
     assert asked == [(0.3, 4), (0.3, 4), (0.9, 6)]
 
 
-def test_the_best_score_reached_is_not_below_that_of_the_start():
-    turn = Turn("", [], reward=-100)
-    failed = Episode(Job("", 0, 0, 0), None, 0, "", [], [], [turn], score=-100)
-    assert evaluation.figures([failed])["best_reached"] == 0
+def test_each_trial_of_each_task_has_draws_of_its_own(monkeypatch):
+    drawn = []
+
+    def evaluate(policy, envs, pool, episodes, s, rng, *_, **__):
+        drawn.append(rng.random())
+        return [Episode(Job(*pool[0], 0, 0), None, 0, "", [], [], [Turn("", [])])]
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    for seed in (0, 1):
+        args = SimpleNamespace(seed=seed, protocol="ood", episodes=3)
+        for pool in ([("fan", 0)], [("radio", 0)]):
+            for trial in (0, 1):
+                part = evaluation.play(None, [], pool, trial, None, None, args, Settings(), None)
+                assert part["episodes_dropped"] == 2
+    assert len(set(drawn)) == 8
+
+
+@pytest.mark.parametrize("key", ["state", "task"])
+def test_what_is_remembered_of_the_file_is_what_training_would_store(key, monkeypatch):
+    """Also of a failure, of tips that came late in the episode, and per variation."""
+    embed = embedder()
+    s = Settings(memory_key=key)
+    read, stored = TipMemory(), TipMemory()
+    for memory in (read, stored):
+        for variation in (0, 1):
+            for tip in ("old", "older"):
+                memory.add(embed([tip])[0], tip, 10, f"fan/{variation}")
+    episodes = []
+    for variation, score in ((0, -100), (1, 50)):
+        turns = [Turn("hall", [], next_observation="attic")]
+        turns.append(Turn("attic", [], ["old"], next_observation=f"room {variation}"))
+        job = Job("fan", variation, variation, 0)
+        tip = f"tip {variation}"
+        episodes.append(Episode(job, None, 0, "u", [], [], turns, score=score, tip=tip))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: episodes)
+    args = SimpleNamespace(seed=0, protocol="ood", episodes=1)
+    part = evaluation.play(None, [], [("fan", 0), ("fan", 1)], 1, None, None, args, s, None)
+    evaluation.remember(json.loads(json.dumps(part["played"])), read, embed)
+    rollout.store_tips(episodes, stored, embed, s)
+    assert list(read.slots) == list(stored.slots)
+    for slot, held in read.slots.items():
+        expected = stored.slots[slot]
+        assert (held.texts, held.scores) == (expected.texts, expected.scores)
+        assert (held.totals, held.trials) == (expected.totals, expected.trials)
+        assert (held.keys == expected.keys).all()
+
+
+def test_the_figures_of_bad_episodes():
+    """The best score reached is not below that of the start; below 0 is not yet -100."""
+    episodes = []
+    for score in (-100, -20):
+        turn = Turn("", [], reward=score)
+        episodes.append(Episode(Job("", 0, 0, 0), None, 0, "", [], [], [turn], score=score))
+    expected = dict(zip(evaluation.FIGURES, (-60, 0, 0, 0, 0.5), strict=True))
+    assert evaluation.figures(episodes) == expected
 
 
 def test_the_five_figures():

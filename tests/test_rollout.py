@@ -123,6 +123,24 @@ def test_tips_are_shown_only_at_the_turn_they_were_retrieved_for():
         assert shown.count("old tip") == 1
 
 
+@pytest.mark.parametrize(
+    "score, terminated, truncated, ended",
+    [
+        (-100, True, False, "failed"),
+        (0, True, False, "completed"),
+        (100, True, True, "completed"),
+        (-100, False, True, "step limit"),
+        (50, False, False, ""),
+    ],
+)
+def test_how_an_episode_ends(score, terminated, truncated, ended):
+    info = {"score": score, "action": "a"}
+    env = SimpleNamespace(worker=0, step=lambda action: ("o", 0.0, terminated, truncated, info))
+    episode = Episode(JOBS[0], None, 0, "", [], [], [Turn("", [])])
+    rollout.act(ToyPolicy(), [rollout.Playing(episode, env, "", False)], EnvFault)
+    assert (episode.ended, episode.score) == (ended, score)
+
+
 @pytest.mark.parametrize("level", ["turn", "episode", "batch"])
 def test_rollout_modes_are_drawn_at_their_level(level):
     batches = []
@@ -246,6 +264,13 @@ def test_the_context_limit_counts_the_window_alone():
     ):
         _, (other, *_) = play(history=history, context=context, **options)
         assert (other.ended, len(other.turns)) == (ended, turns)
+
+
+def test_a_rollout_first_forgets_the_keys_and_values_of_other_weights(monkeypatch):
+    prompts_before = []
+    monkeypatch.setattr(ToyPolicy, "forget", lambda policy: prompts_before.append(policy.shown[:]))
+    play()
+    assert prompts_before == [[]]
 
 
 # --- Tips -----------------------------------------------------------------------------------------
@@ -380,6 +405,15 @@ def test_states_are_counted_in_the_slot_of_the_episode(scope, again):
         assert [1 / e.turns[0].novelty for e in episodes] == pytest.approx(n)
 
 
+def test_with_the_task_as_key_a_tip_is_at_hand_in_every_state():
+    memory = TipMemory(threshold=0.99)
+    turns = [Turn("hall", [], next_observation="attic")]
+    writer = Episode(JOBS[0], None, 0, "T-task", [], [], turns, tip="a tip")
+    rollout.store_tips([writer], memory, EMBED, Settings(memory_key="task"))
+    _, episodes = play(memory=memory, memory_prob=1.0, memory_key="task")
+    assert {tuple(turn.tips) for e in episodes for turn in e.turns} == {("a tip",)}
+
+
 def test_actions_and_tips_are_sampled_at_the_temperature_of_training(monkeypatch):
     asked = []
     sample = ToyPolicy.sample
@@ -400,8 +434,10 @@ def test_a_tip_request_keeps_as_many_turns_as_an_action_sees():
     """With `--history`: after that the last observation gives way."""
     policy, (e, *_) = play(memory_prob=0.0, history=2)
     e.turns[-1].next_observation = "x" * 4000
+    e.score = -100
     shown = policy.decode(rollout.tip_prompt(policy, e, context=2000))
     assert shown.count("Your action") == 2 and rollout.CUT in shown
+    assert "is -100 of 100" in shown
 
 
 # --- Intrinsic rewards ----------------------------------------------------------------------------
