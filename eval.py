@@ -107,7 +107,6 @@ def evaluate(
             played += wave
         played = rollout.gather(played)
         if played:
-            policy.forget()
             return played
     raise RuntimeError("all episodes were lost to simulator faults five times in a row")
 

@@ -122,7 +122,7 @@ def test_advantages_by_hand_per_group_of_episodes():
 
 def test_equal_returns_give_exactly_zero_and_small_differences_do_not():
     residue = sum([0.1] * 10)  # 0.9999999999999999
-    for returns in ([3.0] * 3, [1.0, residue, 1.0], [42.0]):
+    for returns in ([3.0] * 3, [1.0, residue, 1.0], [1e12, 1e12 * residue], [42.0]):
         assert group_advantages(returns, [0] * len(returns)).abs().max() == 0.0
     assert group_advantages([0.0, 2e-6], [0, 0], 0.0).tolist() == [-1.0, 1.0]
 
@@ -143,6 +143,16 @@ def test_update_modes_are_drawn_at_their_level(level, in_episode, in_batch):
         assert not any(e.turns[0].offpolicy for e in episodes)  # it had no tips
         shares.append(np.mean([turn.offpolicy for e in episodes for turn in e.turns[1:]]))
     assert np.mean(shares) == pytest.approx(0.6, abs=0.2 if level == "batch" else 0.03)
+
+
+@pytest.mark.parametrize("level", ["turn", "episode", "batch"])
+@pytest.mark.parametrize("q, expected", [(0.0, [False, False]), (1.0, [False, True])])
+def test_q_is_the_share_that_is_updated_off_policy(level, q, expected):
+    """Not its complement; the turn without tips is never off-policy."""
+    episode = drawn_episode(2)
+    s = Settings(mode_level=level, offpolicy_prob=q)
+    empo2.draw_update_modes([episode], s, np.random.default_rng(0))
+    assert [turn.offpolicy for turn in episode.turns] == expected
 
 
 def test_the_training_pairs_of_a_drawn_trajectory():
@@ -282,6 +292,16 @@ def test_a_group_can_share_a_row(pack, lengths):
     s = Settings(pack=pack, beta=1.0)
     ((rows, _),) = empo2.optimiser_steps(episodes, s, np.random.default_rng(0))
     assert sorted(len(row.ids) for row in rows) == lengths
+
+
+def test_with_history_each_pair_has_a_row_and_no_row_branches():
+    episode = drawn_episode(3)
+    for turn in episode.turns:
+        turn.past_ids = [50, *turn.observation_ids]
+    episode.history = 1
+    s = Settings(history=1, beta=1.0)
+    ((rows, _),) = empo2.optimiser_steps([episode], s, np.random.default_rng(0))
+    assert len(rows) == 3 and all(row.is_sequence() for row in rows)
 
 
 def test_the_metrics_of_an_update():

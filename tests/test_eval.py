@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import typing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save
 
 import eval as evaluation
 import memory
+import rollout
 import runs
 import train
 from envs import make
 from experiments import paper
+from memory import TipMemory, embedder
 from rollout import Episode, Job, Turn
 from settings import Settings
 from worlds.house import House
@@ -137,6 +140,18 @@ def test_ood_fills_a_memory_and_moves_no_weight(run, tmp_path, monkeypatch, caps
         if "lora" in name:
             assert torch.equal(trained[name.replace(".default", "")], weight)
     assert "| printer, trial 9 " in capsys.readouterr().out
+
+
+def test_ood_meets_each_task_with_an_empty_memory_even_if_all_share_one(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(evaluation.TRIALS, "ood", 2)
+    command = [run, "--protocol", "ood", "--tasks", "clock", "fan", "--variations", 1]
+    parts = evaluate(*command, "--out", tmp_path / "ood.json", "--", "--memory-scope", "all")[
+        "parts"
+    ]
+    clock, _, fan, with_tips = ([e for e in part["played"]] for part in parts)
+    assert {e["slot"] for e in clock + fan} == {"all"}
+    assert clock[0]["tip"] and clock[0]["tip"] != fan[0]["tip"]
+    assert with_tips[0]["tips_shown"] == [fan[0]["tip"]]
 
 
 @pytest.mark.parametrize("protocol", ["id", "ood"])
@@ -399,9 +414,84 @@ def test_evaluations_do_not_depend_on_how_many_play_side_by_side(checkpoint):
     for lanes in (1, 3, 6):
         envs = [make("house", step_limit=4) for _ in range(lanes)]
         played = evaluation.evaluate(policy, envs, pool, 3, s, np.random.default_rng(0))
+        assert [e.job.variation for e in played] == [96] * 3 + [97] * 3
         assert not any(turn.tips for e in played for turn in e.turns)
         told.append([[turn.action_ids for turn in e.turns] for e in played])
     assert told[0] == told[1] == told[2]
+
+
+def test_an_evaluation_acts_at_its_own_temperature_and_writes_tips_at_that_of_training(checkpoint):
+    options = {"action_tokens": 4, "tip_tokens": 6, "temperature": 0.9, "eval_temperature": 0.3}
+    s = Settings(env="house", model=checkpoint, **options)
+    policy = runs.load_policy(s)
+    asked = []
+    sample = policy.sample
+
+    def spy(prompts, uniforms, temperature, lanes):
+        asked.append((temperature, len(uniforms[0])))
+        return sample(prompts, uniforms, temperature, lanes)
+
+    policy.sample = spy
+    envs = [make("house", step_limit=2)]
+    evaluation.evaluate(policy, envs, [("fan", 97)], 1, s, np.random.default_rng(0), write=True)
+    assert asked == [(0.3, 4), (0.3, 4), (0.9, 6)]
+
+
+def test_each_trial_of_each_task_has_draws_of_its_own(monkeypatch):
+    drawn = []
+
+    def evaluate(policy, envs, pool, episodes, s, rng, *_, **__):
+        drawn.append(rng.random())
+        return [Episode(Job(*pool[0], 0, 0), None, 0, "", [], [], [Turn("", [])])]
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    for seed in (0, 1):
+        args = SimpleNamespace(seed=seed, protocol="ood", episodes=3)
+        for pool in ([("fan", 0)], [("radio", 0)]):
+            for trial in (0, 1):
+                part = evaluation.play(None, [], pool, trial, None, None, args, Settings(), None)
+                assert part["episodes_dropped"] == 2
+    assert len(set(drawn)) == 8
+
+
+@pytest.mark.parametrize("key", ["state", "task"])
+def test_what_is_remembered_of_the_file_is_what_training_would_store(key, monkeypatch):
+    """Also of a failure, of tips that came late in the episode, and per variation."""
+    embed = embedder()
+    s = Settings(memory_key=key)
+    read, stored = TipMemory(), TipMemory()
+    for tips in (read, stored):
+        for variation in (0, 1):
+            for tip in ("old", "older"):
+                tips.add(embed([tip])[0], tip, 10, f"fan/{variation}")
+    episodes = []
+    for variation, score in ((0, -100), (1, 50)):
+        turns = [Turn("hall", [], next_observation="attic")]
+        turns.append(Turn("attic", [], ["old"], next_observation=f"room {variation}"))
+        job = Job("fan", variation, variation, 0)
+        tip = f"tip {variation}"
+        episodes.append(Episode(job, None, 0, "u", [], [], turns, score=score, tip=tip))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: episodes)
+    args = SimpleNamespace(seed=0, protocol="ood", episodes=1)
+    part = evaluation.play(None, [], [("fan", 0), ("fan", 1)], 1, None, None, args, s, None)
+    evaluation.remember(json.loads(json.dumps(part["played"])), read, embed)
+    rollout.store_tips(episodes, stored, embed, s)
+    assert list(read.slots) == list(stored.slots)
+    for slot, held in read.slots.items():
+        expected = stored.slots[slot]
+        assert (held.texts, held.scores) == (expected.texts, expected.scores)
+        assert (held.totals, held.trials) == (expected.totals, expected.trials)
+        assert (held.keys == expected.keys).all()
+
+
+def test_the_figures_of_bad_episodes():
+    """The best score reached is not below that of the start; below 0 is not yet -100."""
+    episodes = []
+    for score in (-100, -20):
+        turn = Turn("", [], reward=score)
+        episodes.append(Episode(Job("", 0, 0, 0), None, 0, "", [], [], [turn], score=score))
+    expected = dict(zip(evaluation.FIGURES, (-60, 0, 0, 0, 0.5), strict=True))
+    assert evaluation.figures(episodes) == expected
 
 
 def test_the_five_figures():

@@ -33,10 +33,10 @@ def test_advantages_by_hand():
     alone = drawn_episode("a", [99], group=1)
     episodes = [long, alone, short]
     assert shared_states(episodes) == 5 / 7
-    s = Settings(step_weight=2, discount=0.5, intrinsic_coef=2, advantage_eps=0)
-    # In state a: 1, 4 and 7, around 4. In state c: 8 and 8.
-    step = 2 * 3 / math.sqrt(6)
-    expected = [[-1 - step, -1, -1, -1], [0], [1 + step, 1]]
+    s = Settings(step_weight=2, discount=0.5, intrinsic_coef=2, advantage_eps=2)
+    # Returns 8 and 12: 2 / (2 + 2). In state a: 1, 4 and 7, around 4. In state c: 8 and 8.
+    step = 2 * 3 / (math.sqrt(6) + 2)
+    expected = [[-0.5 - step, -0.5, -0.5, -0.5], [0], [0.5 + step, 0.5]]
     for ours, theirs in zip(gigpo_advantages(episodes, s), expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)
     s = Settings(step_weight=2, discount=0.5, intrinsic_coef=2, advantage_eps=5, fixed_std=10)

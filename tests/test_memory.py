@@ -40,11 +40,16 @@ def test_capacity_duplicates_ties_and_slots():
     for i in range(5):
         memory.add(X, f"tip {i}", 0, "slot")
         memory.add(X, f"tip {i}", 99, "slot")  # ignored, with its score
+    assert memory.slots["slot"].scores == [0, 0, 0]
     assert memory.retrieve(X, "slot") == ["tip 4", "tip 3", "tip 2"]  # the newer first
     memory.add(X, "tip 4", 0, "other")
     memory.add(Y, "another", 5, "slot")
     assert len(memory) == 4 and memory.retrieve(X, "other") == ["tip 4"]
     assert memory.retrieve(X, "slot") == ["tip 4", "tip 3"] and memory.slots["slot"].scores[-1] == 5
+    memory = TipMemory(capacity=2)
+    for key, text in zip(np.eye(3), "xyz", strict=True):
+        memory.add(key, text, 0, "slot")
+    assert [memory.retrieve(key, "slot") for key in np.eye(3)] == [[], ["y"], ["z"]]
     many = TipMemory()
     for i in range(1001):
         many.add(X, str(i), 0, "slot")
@@ -60,9 +65,13 @@ def test_of_tips_with_equal_scores_the_one_that_served_better_goes_first():
     assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "both served as badly"
     memory.add(X, "true", 100, "slot")  # told again
     assert memory.retrieve(X, "slot") == ["true", "false", "worse"]
+    for _ in range(4):
+        memory.judge({"false", "forgotten"}, 40, "slot")
+    held = memory.slots["slot"]
+    assert (held.totals, held.trials) == ([100, 160, -17], [3, 6, 2])
+    assert memory.retrieve(X, "slot") == ["true", "false", "worse"], "means (33, 27), no sums"
     memory.judge({"true"}, -100, "slot")
-    memory.judge({"false", "forgotten"}, 0, "slot")
-    assert memory.retrieve(X, "slot") == ["false", "true", "worse"], "means, no sums: -33, 0"
+    assert memory.retrieve(X, "slot") == ["false", "true", "worse"]
     memory.add(X, "new", 0, "slot")  # the oldest goes, and the others keep what is theirs
     memory.add(X, "good", 100, "slot")
     assert memory.retrieve(X, "slot") == ["good", "worse", "new"]
@@ -75,7 +84,8 @@ def test_novelty_is_one_over_the_visits_to_similar_states_of_the_slot():
     assert novelty.rewards(visits, "s") == [1, 1 / 2, 1, 1 / 3, 1 / 2]
     assert novelty.rewards(visits, "s")[0] == 1 and len(novelty) == 0  # asking stores nothing
     novelty.add(visits, "s")
-    assert novelty.rewards([X, Y, X], "s") == [1 / 4, 1 / 3, 1 / 5]  # to the most similar one
+    assert novelty.rewards([X, Y, X], "s") == [1 / 4, 1 / 3, 1 / 5]
+    assert novelty.rewards([unit(1, 1.2)], "s") == [1 / 3]  # like both, more like the second
     assert novelty.rewards([X], "t") == [1] and len(novelty) == 2
     assert NoveltyStore(0.6).rewards([X, np.array([0.6, 0.8])], "s") == [1, 1 / 2]
     novelty.add([np.zeros(2)] * 2, "s")  # texts without words are like nothing but each other
@@ -160,3 +170,9 @@ def test_a_full_novelty_store_forgets_the_state_that_was_met_least():
     assert len(novelty) == 2
     assert novelty.rewards([x], "task") == [1 / 3] and novelty.rewards([z], "task") == [1 / 2]
     assert novelty.rewards([y], "task") == [1], "the oldest of those met once made room"
+    before = novelty.slots["task"].keys.copy()
+    assert novelty.rewards([y, y, z], "task") == [1, 1 / 2, 1]  # y takes the place of z
+    assert (novelty.slots["task"].keys == before).all(), "asking makes no room in the store"
+    equals = NoveltyStore(capacity=2)
+    equals.add([x, y, z], "task")
+    assert [equals.rewards([key], "task") for key in (x, y, z)] == [[1], [1 / 2], [1 / 2]]

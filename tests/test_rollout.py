@@ -123,6 +123,24 @@ def test_tips_are_shown_only_at_the_turn_they_were_retrieved_for():
         assert shown.count("old tip") == 1
 
 
+@pytest.mark.parametrize(
+    "score, terminated, truncated, ended",
+    [
+        (-100, True, False, "failed"),
+        (0, True, False, "completed"),
+        (100, True, True, "completed"),
+        (-100, False, True, "step limit"),
+        (50, False, False, ""),
+    ],
+)
+def test_how_an_episode_ends(score, terminated, truncated, ended):
+    info = {"score": score, "action": "a"}
+    env = SimpleNamespace(worker=0, step=lambda action: ("o", 0.0, terminated, truncated, info))
+    episode = Episode(JOBS[0], None, 0, "", [], [], [Turn("", [])])
+    rollout.act(ToyPolicy(), [rollout.Playing(episode, env, "", False)], EnvFault)
+    assert (episode.ended, episode.score) == (ended, score)
+
+
 @pytest.mark.parametrize("level", ["turn", "episode", "batch"])
 def test_rollout_modes_are_drawn_at_their_level(level):
     batches = []
@@ -248,6 +266,13 @@ def test_the_context_limit_counts_the_window_alone():
         assert (other.ended, len(other.turns)) == (ended, turns)
 
 
+def test_a_rollout_first_forgets_the_keys_and_values_of_other_weights(monkeypatch):
+    prompts_before = []
+    monkeypatch.setattr(ToyPolicy, "forget", lambda policy: prompts_before.append(policy.shown[:]))
+    play()
+    assert prompts_before == [[]]
+
+
 # --- Tips -----------------------------------------------------------------------------------------
 def test_a_tip_is_written_from_the_whole_tip_free_episode():
     s = Settings()
@@ -294,6 +319,125 @@ def test_memory_slots_and_keys():
     e = Episode(job, None, 0, "find it", [], [])
     assert rollout.memory_text(e, "a room", "state") == "find it\na room"
     assert rollout.memory_text(e, "a room", "task") == "find it"
+
+
+# --- Slots and judging ----------------------------------------------------------------------------
+THREE = [Job("task", 0, 0, 0), Job("task", 1, 1, 0), Job("other", 0, 2, 0)]
+SLOTS = {
+    "variation": ["task/0", "task/1", "other/0"],
+    "task": ["task", "task", "other"],
+    "all": ["all", "all", "all"],
+}
+
+
+def finished(job, score=0, tip="", shown=([],)):
+    """An episode from the hall to the attic. shown: the tips of each turn."""
+    turns = [Turn("hall", [], tips, next_observation="attic") for tips in shown]
+    return Episode(job, None, 0, "text", [], [], turns, score=score, tip=tip)
+
+
+@pytest.mark.parametrize("scope", SLOTS)
+def test_tips_are_retrieved_for_the_state_to_act_in_from_the_slot_of_the_episode(scope):
+    memory = TipMemory(threshold=0.99)
+    for job, slot in zip(THREE, SLOTS[scope], strict=True):
+        for seen in ("start", *(f"seen{digit}" for digit in range(10))):
+            (key,) = EMBED([f"T-{job.task}\n{seen}"])
+            memory.add(key, f"{slot}, {job.task}, {seen}", 0, slot)
+    _, episodes = play(THREE, memory, memory_prob=1.0, memory_scope=scope)
+    for e, slot in zip(episodes, SLOTS[scope], strict=True):
+        for turn in e.turns:
+            assert turn.tips == [f"{slot}, {e.job.task}, {turn.observation}"]
+
+
+@pytest.mark.parametrize(
+    "scope, expected",
+    [
+        (
+            "variation",
+            {
+                "task/0": {"x": (-90, 2), "y": (-80, 2), "first": (-100, 1)},
+                "task/1": {"x": (60, 2), "y": (20, 1), "second": (50, 1)},
+                "other/0": {"x": (10, 1), "y": (20, 2), "third": (0, 1)},
+            },
+        ),
+        (
+            "task",
+            {
+                "task": {"x": (-40, 3), "y": (-80, 2), "first": (-100, 1), "second": (50, 1)},
+                "other": {"x": (10, 1), "y": (20, 2), "third": (0, 1)},
+            },
+        ),
+        (
+            "all",
+            {
+                "all": {"x": (-40, 3), "y": (-80, 3)}
+                | {"first": (-100, 1), "second": (50, 1), "third": (0, 1)}
+            },
+        ),
+    ],
+)
+def test_tips_are_judged_by_hand(scope, expected):
+    """(total, trials) of each: once by every episode that was shown it at any turn."""
+    memory = TipMemory()
+    for slot in dict.fromkeys(SLOTS[scope]):
+        memory.add(np.eye(1024)[0], "x", 10, slot)
+        memory.add(np.eye(1024)[0], "y", 20, slot)
+    episodes = [
+        finished(THREE[0], -100, "first", [[], ["x"], ["x", "y"]]),
+        finished(THREE[1], 50, "second", [["x"], []]),
+        finished(THREE[2], 0, "third", [[], ["y"]]),
+    ]
+    rollout.store_tips(episodes, memory, EMBED, Settings(memory_scope=scope))
+    assert expected == {
+        name: dict(zip(held.texts, zip(held.totals, held.trials, strict=True), strict=True))
+        for name, held in memory.slots.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "scope, again", [("variation", [2, 2, 2]), ("task", [3, 3, 2]), ("all", [4, 4, 4])]
+)
+def test_states_are_counted_in_the_slot_of_the_episode(scope, again):
+    novelty = NoveltyStore()
+    for n in ([1, 1, 1], again):
+        episodes = [finished(job) for job in THREE]
+        rollout.give_intrinsic_rewards(episodes, novelty, EMBED, Settings(memory_scope=scope))
+        assert [1 / e.turns[0].novelty for e in episodes] == pytest.approx(n)
+
+
+def test_with_the_task_as_key_a_tip_is_at_hand_in_every_state():
+    memory = TipMemory(threshold=0.99)
+    turns = [Turn("hall", [], next_observation="attic")]
+    writer = Episode(JOBS[0], None, 0, "T-task", [], [], turns, tip="a tip")
+    rollout.store_tips([writer], memory, EMBED, Settings(memory_key="task"))
+    _, episodes = play(memory=memory, memory_prob=1.0, memory_key="task")
+    assert {tuple(turn.tips) for e in episodes for turn in e.turns} == {("a tip",)}
+
+
+def test_actions_and_tips_are_sampled_at_the_temperature_of_training(monkeypatch):
+    asked = []
+    sample = ToyPolicy.sample
+
+    def spy(policy, prompts, uniforms, temperature, lanes):
+        asked.append((temperature, len(uniforms[0])))
+        return sample(policy, prompts, uniforms, temperature, lanes)
+
+    monkeypatch.setattr(ToyPolicy, "sample", spy)
+    options = {"temperature": 0.7, "action_tokens": 5, "tip_tokens": 6}
+    policy, episodes = play(**options)
+    rollout.write_tips(policy, episodes, Settings(**options))
+    *actions, tips = asked
+    assert set(actions) == {(0.7, 5)} and tips == (0.7, 6)
+
+
+def test_a_tip_request_keeps_as_many_turns_as_an_action_sees():
+    """With `--history`: after that the last observation gives way."""
+    policy, (e, *_) = play(memory_prob=0.0, history=2)
+    e.turns[-1].next_observation = "x" * 4000
+    e.score = -100
+    shown = policy.decode(rollout.tip_prompt(policy, e, context=2000))
+    assert shown.count("Your action") == 2 and rollout.CUT in shown
+    assert "is -100 of 100" in shown
 
 
 # --- Intrinsic rewards ----------------------------------------------------------------------------
