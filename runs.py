@@ -79,7 +79,7 @@ def load_policy(s, adapter=None):
         raise
     most = policy.max_positions
     if s.context > most:
-        raise ValueError(f"--context is {s.context}, but {s.model} has {most} positions; lower it")
+        raise ValueError(f"{s.model} has {most} positions; lower --context ({s.context})")
     return policy
 
 

@@ -487,7 +487,7 @@ def test_a_gpu_is_only_a_place(monkeypatch):
 
 def test_the_context_fits_the_model():
     runs.load_policy(Settings(env="house", model="standin", context=8192))
-    with pytest.raises(ValueError, match="--context is 8193, but standin has 8192 positions"):
+    with pytest.raises(ValueError, match=r"has 8192 positions; lower --context \(8193\)"):
         runs.load_policy(Settings(env="house", model="standin", context=8193))
 
 
