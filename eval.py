@@ -275,6 +275,11 @@ def parse(argv):
     own = settings.given(args.settings) & {*OWN}
     if own:
         raise ValueError(f"{', '.join(own)}: eval.py has its own option for it, before --")
+    idle = settings.given(args.settings) & ({*NO_EFFECT} - {"rollout_batch", "decode_graph"})
+    if idle:
+        raise ValueError(f"{', '.join(sorted(idle))}: has no effect on an evaluation; leave it out")
+    if args.out and args.out.suffix == ".png":
+        raise ValueError("--out names the JSON file; the picture stands beside it, as .png")
     if args.episodes is None:
         args.episodes = 4 if args.protocol == "id" else 1
     if not args.run and not args.model:
@@ -335,6 +340,11 @@ def earlier_parts(path, protocol):
         result = json.loads(path.read_text())
         parts = result["parts"]
         other = differing(protocol, result["protocol"])
+        for part in parts:
+            [
+                part[name]
+                for name in ("task", "trial", "episodes", "turns", "memory_turns", *FIGURES)
+            ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} exists, and holds no evaluation or a damaged one; name another file with --out"

@@ -321,6 +321,8 @@ def chat_format(policy):
                 ids += policy.message(role, text)
         return ids
 
+    if policy.tokenizer.decode(policy.encode("look around")) != "look around":
+        raise ValueError(f"{name}: its tokenizer loses text; is tokenizer.json there?")
     past = template(False)
     header = template(True)[len(past) :]
     opening = policy.tokenizer.decode(header)
@@ -355,6 +357,12 @@ def check_attention(policy):
         raise ValueError(
             f"{name}: has layers that do not attend to all tokens ({', '.join(sorted(kinds))}); "
             "choose a model with full attention, such as Qwen2.5 or Qwen3"
+        )
+    positions = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if positions in ("dynamic", "longrope"):
+        raise ValueError(
+            f"{name}: its positions change with the length ({positions}), so keys cannot be kept; "
+            "choose a model such as Qwen2.5 or Qwen3"
         )
     try:
         gap, spread = sampler_gap(policy)

@@ -29,6 +29,13 @@ except ImportError:
 
 ROOT = Path(__file__).parent
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
+STORED = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.pt",
+    "tips.npz",
+    "novelty.npz",
+)
 # What may change on --resume, beside a larger --iterations.
 RESUMABLE = (
     "rollout_batch",
@@ -164,7 +171,7 @@ def locked(run_dir):
 def checkpoints(run_dir):
     """Iterations of the run's checkpoints, oldest first."""
     numbers = [path.name.removeprefix("checkpoint-") for path in run_dir.glob("checkpoint-*")]
-    return sorted(int(number) for number in numbers if number.isdigit())
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 @processes.only_first
@@ -233,7 +240,7 @@ def read_checkpoint(folder):
     """(settings, state) of a checkpoint. Raises ValueError if a file of it is damaged."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for name in ("adapter_model.safetensors", "optimizer.pt", "tips.npz", "novelty.npz"):
+        for name in STORED:
             if sha256(folder / name) != state["files"][name]:
                 raise ValueError(f"{name} is not what was saved")
         if folder.name != f"checkpoint-{state['iteration']}":

@@ -4,14 +4,19 @@ It changes no number: skip it on a first reading.
 """
 
 import hashlib
+import json
 import math
 import os
+import pickle
+import struct
 import sys
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 # What loading damaged files raises.
@@ -23,8 +28,20 @@ UNREADABLE = (
     AttributeError,
     RuntimeError,
     ImportError,
+    EOFError,
+    pickle.UnpicklingError,
+    struct.error,
     SafetensorError,
 )
+OPTIONAL = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
+# What a configuration says that changes no number, or is the loading's.
+NO_NUMBERS = (
+    "_name_or_path architectures dtype torch_dtype transformers_version quantization_config"
+    " use_cache tie_word_embeddings"
+).split()
 COMPUTED = ("rotary_emb.inv_freq",)  # stored by older versions of transformers; not weights
 
 
@@ -52,6 +69,7 @@ def load_model(name, device, dtype, load_in_4bit):
             device_map={"": device},
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
+            trust_remote_code=False,
             **options,
         )
     except torch.OutOfMemoryError:
@@ -64,20 +82,35 @@ def load_model(name, device, dtype, load_in_4bit):
         "of another shape": [key for key, *_ in found["mismatched_keys"]],
     }
     refuse_other_weights(name, other)
-    if getattr(model, "is_loaded_in_4bit", False) and not load_in_4bit:
-        print(f"{name} holds 4-bit weights", file=sys.stderr)
+    refuse_not_finite(name, model)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {rows}"
+        )
+    own = getattr(model.config, "quantization_config", None)
+    kind = getattr(own, "bnb_4bit_quant_type", "other than 4-bit") if own else None
+    if getattr(model, "is_loaded_in_8bit", False):
+        raise ValueError(f"{name}: holds 8-bit weights; choose one in 16 bits, and --load-in-4bit")
+    if kind and (not load_in_4bit or kind != "nf4"):
+        print(f"{name} holds quantised weights ({kind})", file=sys.stderr)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks weights; training raises
             module.support_avx512bf16_for_cpu = False
         if hasattr(module, "compute_dtype"):  # of a 4-bit layer: a checkpoint may name another
             module.compute_dtype = dtype
-    return model.requires_grad_(False), tokenizer, checksum(model.named_parameters())
+        if hasattr(module, "attention_dropout"):  # dropout breaks the ratio
+            module.attention_dropout = 0.0
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    described = json.dumps(model.config.to_diff_dict() | dict.fromkeys(NO_NUMBERS), default=str)
+    return model.requires_grad_(False), tokenizer, checksum(model.named_parameters(), described)
 
 
 def load_tokenizer(name):
     """The tokenizer of a hub id or a folder. Raises ValueError with one line."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # what tokenizers raises for a damaged file has no class
         if not os.path.isdir(name):
             raise ValueError(
@@ -91,30 +124,63 @@ def load_tokenizer(name):
 
 def merged(name, device, dtype, load_in_4bit):
     """As `load_model`: the adapter `name` merged into its base model, and said."""
-    if os.path.exists(os.path.join(name, "config.json")):
+    if cached_file(name, "config.json", **OPTIONAL):
         raise ValueError(
             f"{name}: holds a model and an adapter; which is meant? Give each a folder of its own"
         )
     try:
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        config = PeftConfig.from_pretrained(name)
+        base = config.base_model_name_or_path
         if not base:
             raise ValueError("it names none")
+        if config.revision:
+            raise ValueError(
+                f"it names the revision {config.revision} of {base}: merge it yourself"
+            )
         model, tokenizer, base_checksum = load_model(base, device, dtype, load_in_4bit)
-        if os.path.exists(os.path.join(name, "tokenizer.json")):
+        if os.path.exists(os.path.join(name, "state.json")):  # a run's checkpoint
+            with open(os.path.join(name, "state.json")) as file:
+                if json.load(file)["weights"] != base_checksum:
+                    raise ValueError(f"{base} is not what it was trained on; its weights differ")
+        if cached_file(name, "tokenizer_config.json", **OPTIONAL):
             tokenizer = load_tokenizer(name)
-        model = load_adapter(model, name)
+        described = json.dumps(config.to_dict() | {"base_model_name_or_path": None}, default=str)
         # Of both parts, not of the sum, which is rounded otherwise in every precision.
-        own = checksum((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        own = checksum(sorted(load_peft_weights(name, device="cpu").items()), described)
+        model = load_adapter(model, name)
+        before = some_logits(model, dtype)
         model = model.merge_and_unload(safe_merge=True)
+        for parameter in model.parameters():  # some adapters replace whole layers, in fp32
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        change = (some_logits(model, dtype) - before).std() / before.std()
+        in_4bit = getattr(model, "is_loaded_in_4bit", False)  # NF4 rounds without a bound
+        if not in_4bit and change > (0.1 if dtype == torch.bfloat16 else 0.001):
+            raise ValueError("merged, it is another model; is it for embeddings that are tied?")
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
         raise ValueError(
             f"{name} is an adapter, and cannot be merged into its base model: {first_line(error)}"
         ) from error
-    precision = "4-bit" if getattr(model, "is_loaded_in_4bit", False) else str(dtype)[6:]
+    precision = "4-bit" if in_4bit else str(dtype)[6:]
     print(f"{name} is an adapter: merged into {base}, in {precision}", file=sys.stderr)
     return model.requires_grad_(False), tokenizer, base_checksum + own
+
+
+@torch.no_grad()
+def some_logits(model, dtype):
+    """Logits after a few arbitrary tokens, in fp32."""
+    ids = torch.arange(16, device=model.device)[None]
+    with torch.autocast(model.device.type, torch.bfloat16, dtype == torch.bfloat16):
+        return model.eval()(input_ids=ids).logits.float()
+
+
+def refuse_not_finite(place, model):
+    """Raise ValueError if a number of the model is not finite."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"{place}: is damaged: {name} holds numbers that are not finite")
 
 
 def refuse_other_weights(place, found):
@@ -127,13 +193,13 @@ def refuse_other_weights(place, found):
             )
 
 
-def checksum(parameters):
-    """Checksum of (name, weight) pairs: names, shapes and up to 64 numbers of each.
+def checksum(parameters, described):
+    """Checksum of a description and of (name, weight) pairs: names, shapes, up to 64 numbers each.
 
     The same in float32, bfloat16 and NF4: of a matrix it takes what NF4 keeps, the largest |weight|
     of 64 in a row, and rounds it to bfloat16.
     """
-    seen = hashlib.sha256()
+    seen = hashlib.sha256(described.encode())
     for name, weight in parameters:
         packed = getattr(weight, "quant_state", None)
         shape = tuple(packed.shape if packed else weight.shape)
@@ -184,6 +250,7 @@ def load_adapter(model, folder):
     try:
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = False
+        config.base_model_name_or_path = model.name_or_path  # it may have moved
         model = get_peft_model(model, config)
         keys = model.load_adapter(folder, "default", is_trainable=True)
     except UNREADABLE as error:
@@ -192,6 +259,7 @@ def load_adapter(model, folder):
         ) from error
     other = {"missing": keys.missing_keys, "unexpected": keys.unexpected_keys}
     refuse_other_weights(folder, other)
+    refuse_not_finite(folder, model)
     return in_fp32(model)
 
 
@@ -204,6 +272,5 @@ def in_fp32(model):
 
 
 def first_line(error):
-    """The beginning of an exception's text, for a message of one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    """The beginning of an exception's text, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -135,7 +135,7 @@ def test_a_4_bit_checkpoint_loads_with_and_without_being_asked_for(
         assert type(layer).__name__ == "Linear4bit"
         assert layer.compute_dtype == getattr(torch, dtype)
         torch.testing.assert_close(logits(policy), logits(quantised), atol=1e-5, rtol=0)
-        assert (f"{name} holds 4-bit weights" in capsys.readouterr().err) is not asked
+        assert (f"{name} holds quantised weights (nf4)" in capsys.readouterr().err) is not asked
 
 
 # --- Adapters -------------------------------------------------------------------------------------
@@ -195,6 +195,58 @@ def test_merging_in_few_bits_is_said(options, said, bound, checkpoint, tmp_path,
     assert error < bound * (plain_logits(checkpoint) - expected).std()
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_tied_embeddings_is_not_merged(target, checkpoint, tmp_path):
+    """The sum would change both ends of the shared weight."""
+    fine_tuned(checkpoint, tmp_path / "sft", target_modules=[target])
+    with pytest.raises(ValueError, match="merged, it is another model"):
+        Policy.load(str(tmp_path / "sft"))
+
+
+def test_replaced_layers_are_cast(checkpoint, tmp_path):
+    fine_tuned(checkpoint, tmp_path / "sft", modules_to_save=["embed_tokens", "lm_head"])
+    Policy.load(str(tmp_path / "sft"), dtype="bfloat16")
+
+
+def test_the_checksum_tells_adapters_and_configurations_apart(checkpoint, tmp_path):
+    fine_tuned(checkpoint, tmp_path / "sft", lora_alpha=8)
+    config = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
+    found = {Policy.load(checkpoint).base_checksum}
+    for alpha in (8, 16):
+        text = json.dumps(config | {"lora_alpha": alpha})
+        (tmp_path / "sft" / "adapter_config.json").write_text(text)
+        found.add(Policy.load(str(tmp_path / "sft")).base_checksum)
+    for number, other in enumerate(({"rms_norm_eps": 0.1}, {"hidden_act": "gelu"})):
+        found.add(Policy.load(changed(checkpoint, tmp_path / str(number), **other)).base_checksum)
+    assert len(found) == 5
+    again = changed(checkpoint, tmp_path / "again", transformers_version="9")
+    assert Policy.load(again).base_checksum in found
+
+
+def test_a_checkpoint_whose_base_has_changed_is_not_merged(checkpoint, tmp_path):
+    base = str(shutil.copytree(checkpoint, tmp_path / "base"))
+    run_dir = tmp_path / "run"
+    assert (
+        train.main([*SMALL, "--model", base, "--run-dir", str(run_dir), "--iterations", "1"]) == 0
+    )
+    last = str(run_dir / "checkpoint-1")
+    Policy.load(last)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = {name: 1.1 * tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="base is not what it was trained on; its weights differ"):
+        Policy.load(last)
+
+
+def test_an_adapter_of_a_revision_is_left_to_the_user(checkpoint, tmp_path):
+    fine_tuned(checkpoint, tmp_path / "sft")
+    config = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
+    text = json.dumps(config | {"revision": "v2"})
+    (tmp_path / "sft" / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="names the revision v2 of .*: merge it yourself"):
+        Policy.load(str(tmp_path / "sft"))
+
+
 def damage_adapter(folder, change):
     path = folder / "adapter_model.safetensors"
     save_file(change(load_file(path)), path)
@@ -231,6 +283,7 @@ def test_adapters_that_do_not_fit_are_refused(checkpoint, tmp_path):
         Policy.load(both)
     gone = shutil.copytree(sft, tmp_path / "gone")
     config = json.loads((gone / "adapter_config.json").read_text())
+    (gone / "tokenizer.json").unlink(missing_ok=True)
     for place, message in (("/gone", "/gone: there is no such folder"), (None, "it names none")):
         text = json.dumps(config | {"base_model_name_or_path": place})
         (gone / "adapter_config.json").write_text(text)
@@ -250,8 +303,8 @@ def test_numbers_that_are_not_finite_are_told(name, value, checkpoint, tmp_path)
         tensors[name].view(-1)[60] = value
         return tensors
 
-    with pytest.raises(FloatingPointError, match="logits are not finite: the model's weights"):
-        Policy.load(changed(checkpoint, tmp_path / "m", damage))
+    with pytest.raises(ValueError, match=f"m: is damaged: {name} holds numbers that are not"):
+        Policy.load(changed(checkpoint, tmp_path / "m", damage, tie_word_embeddings=True))
 
 
 def test_an_adapter_that_is_not_finite_is_told(checkpoint, tmp_path, capsys):
@@ -262,8 +315,36 @@ def test_an_adapter_that_is_not_finite_is_told(checkpoint, tmp_path, capsys):
         with pytest.raises(FloatingPointError, match="or its adapter's, are damaged"):
             policy.sample([policy.header], [[0.5, 0.5]], temperature)
     policy.save(tmp_path)
-    with pytest.raises(FloatingPointError, match="or its adapter's, are damaged"):
+    with pytest.raises(
+        ValueError, match="is damaged: .*lora_A.* holds numbers that are not finite"
+    ):
         Policy.load(checkpoint, adapter=tmp_path)
+
+
+# --- Tokenizers and dropout -----------------------------------------------------------------------
+def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint, tmp_path):
+    lost = shutil.copytree(checkpoint, tmp_path / "lost")
+    (lost / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="its tokenizer loses text|no tokenizer could be loaded"):
+        Policy.load(str(lost))
+    name = write_checkpoint(tmp_path / "long", added=[f"word{i}" for i in range(9)])
+    model = AutoModelForCausalLM.from_pretrained(name)
+    rows = model.config.vocab_size - 3
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(name)
+    with pytest.raises(ValueError, match=f"has {rows + 3} tokens, its model only {rows}"):
+        Policy.load(name)
+
+
+def test_dropout_of_a_configuration_is_off(checkpoint, tmp_path):
+    """What is trained on is what was sampled."""
+    policy = Policy.load(changed(checkpoint, tmp_path / "m", attention_dropout=0.5))
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    mask[:, 0] = False
+    logp, _ = policy.logprobs(IDS, mask, 1.0)
+    with torch.no_grad():
+        expected, _ = policy.logprobs(IDS, mask, 1.0)
+    torch.testing.assert_close(logp, expected, atol=1e-6, rtol=0)
 
 
 # --- Architectures --------------------------------------------------------------------------------
@@ -279,6 +360,7 @@ NEXT = {
     "shared_expert_intermediate_size": 32,
     "layers": 4,
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 
 
@@ -291,6 +373,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers":
         (Qwen3NextConfig, NEXT, "do not attend to all tokens .*linear_attention"),
         (GraniteConfig, {"logits_scaling": 4.0}, "differs from the model's own log-probs by"),
         (CohereConfig, {}, "differs from the model's own log-probs by"),
+        (Qwen2Config, {"rope_parameters": DYNAMIC}, "positions change with the length .dynamic"),
     ],
 )
 def test_models_that_would_be_computed_wrongly_are_refused(

