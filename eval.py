@@ -277,7 +277,7 @@ def parse(argv):
         raise ValueError(f"{', '.join(own)}: eval.py has its own option for it, before --")
     idle = settings.given(args.settings) & ({*NO_EFFECT} - {"rollout_batch", "decode_graph"})
     if idle:
-        raise ValueError(f"{', '.join(sorted(idle))}: has no effect on an evaluation; leave it out")
+        print(f"no effect on an evaluation: {', '.join(sorted(idle))}", file=sys.stderr)
     if args.out and args.out.suffix == ".png":
         raise ValueError("--out names the JSON file; the picture stands beside it, as .png")
     if args.episodes is None:
@@ -340,11 +340,9 @@ def earlier_parts(path, protocol):
         result = json.loads(path.read_text())
         parts = result["parts"]
         other = differing(protocol, result["protocol"])
-        for part in parts:
-            [
-                part[name]
-                for name in ("task", "trial", "episodes", "turns", "memory_turns", *FIGURES)
-            ]
+        needed = {"task", "trial", "episodes", "turns", "memory_turns", "played", *FIGURES}
+        if not all(needed <= part.keys() for part in parts):
+            raise ValueError("a part is not whole")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} exists, and holds no evaluation or a damaged one; name another file with --out"

@@ -95,6 +95,7 @@ def test_bad_input_is_refused_in_one_line(run, checkpoint, tmp_path, capsys, mon
     assert "lower --context" in refused(*new, "--context", "100000")
     assert "unknown setting" in refused(*new, "--contexts", "100")
     assert "eval_temperature: eval.py has" in refused(*new, "--eval-temperature", "0")
+    assert "names the JSON file" in refused(run, "--out", tmp_path / "new.png")
     monkeypatch.setattr(House, "variation_count", lambda env, task: 1)
     assert "radio has no dev variations" in refused(run, "--split", "dev", *new[1:])
     assert not (tmp_path / "new.json").exists()
@@ -222,7 +223,9 @@ def test_every_setting_is_recorded_or_changes_no_number(run, tmp_path, capsys, m
     assert again["parts"] == result["parts"] and any(e["tip"] for e in again["parts"][0]["played"])
     monkeypatch.setattr(runs, "load_policy", None)
     assert evaluate(*command, "--out", out, "--", *idle) == result, "the file fits these, too"
-    shown = capsys.readouterr().out.splitlines()
+    shown, said = capsys.readouterr()
+    shown = shown.splitlines()
+    assert "no effect on an evaluation: advantage_eps, beta, " in said
     assert "temperature 0.4" in shown[0] and "checksums" not in shown[0]
     assert "memory_scope task" in shown[1] and "max_tips" not in shown[1]
 
@@ -258,7 +261,7 @@ def test_another_adapter_or_memory_of_the_same_name_is_refused(run, tmp_path, ca
     said = refusal(capsys, copy, *off)
     assert "(these differ: checksums.adapter_model.safetensors)" in said
     config = json.loads((run / "checkpoint-1" / "adapter_config.json").read_text())
-    (copy / "checkpoint-1" / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    replace("adapter_config.json", json.dumps(config | {"r": 3}).encode())
     assert "checksums.adapter_config.json" in refusal(capsys, copy, *off)
 
 
@@ -284,7 +287,8 @@ def test_a_damaged_result_or_another_file_is_not_continued(run, tmp_path, capsys
     command = [run, "--variations", 1, "--out", out]
     result = evaluate(*command)
     whole = out.read_text()
-    for bad in (whole[:100], "", "[]", "{}", '{"parts": [], "protocol": null}', "\0"):
+    parts = [json.dumps(result | {"parts": [part]}) for part in (None, {"task": "fan"})]
+    for bad in (*parts, whole[:100], "", "[]", "{}", '{"parts": [], "protocol": null}', "\0"):
         out.write_text(bad)
         assert f"{out} exists, and holds no evaluation" in refusal(capsys, *command)
         assert out.read_text() == bad
