@@ -2,12 +2,16 @@
 """Shared by the tests: a small Qwen2 checkpoint on disk with its own tokenizer. No network."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two tests run at a time
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # numbers are compared in fp32, on the CPU
+for stop in (signal.SIGINT, signal.SIGHUP):  # ignored in the background, and so by what tests start
+    if signal.getsignal(stop) == signal.SIG_IGN:
+        signal.signal(stop, signal.SIG_DFL)
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
