@@ -265,7 +265,8 @@ def of_stages():
     yield from stages_rows(figures=4)
     # where they come from
     (commit,) = {record(f"stages/long-{name}.json")["made_by"][-7:] for name in long}
-    yield f"`empo2`, 54 iterations | [`grpo`](long-grpo.json), [`empo2`](long-empo2.json) | {commit} |"
+    yield "`empo2`, 54 iterations |"
+    yield f"[`grpo`](long-grpo.json), [`empo2`](long-empo2.json) | {commit} |"
     yield f"[shuffled.json](shuffled.json) | {record('stages/shuffled.json')['made_by'][-7:]} |"
     rates = [record(f"stages/rate-{rate}.json")["runs"] for rate in ("3e-4", "1.5e-4")]
     (commit,) = {run["commit"] for runs in rates for run in runs}
