@@ -247,15 +247,16 @@ def new_adapter(model, lora_r, lora_alpha, seed):
 
 def load_adapter(model, folder):
     """The model with the fp32 adapter of a folder. Raises ValueError if it does not fit."""
+    base = model.name_or_path
     try:
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = False
-        config.base_model_name_or_path = model.name_or_path  # it may have moved
+        config.base_model_name_or_path = base  # it may have moved
         model = get_peft_model(model, config)
         keys = model.load_adapter(folder, "default", is_trainable=True)
     except UNREADABLE as error:
         raise ValueError(
-            f"{folder}: the adapter does not fit the model or is damaged ({first_line(error)})"
+            f"{folder}: the adapter does not fit {base} or is damaged ({first_line(error)})"
         ) from error
     other = {"missing": keys.missing_keys, "unexpected": keys.unexpected_keys}
     refuse_other_weights(folder, other)
