@@ -103,7 +103,7 @@ def load_model(name, device, dtype, load_in_4bit):
             module.attention_dropout = 0.0
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    described = json.dumps(model.config.to_diff_dict() | dict.fromkeys(NO_NUMBERS), default=str)
+    described = model.config.to_diff_dict() | dict.fromkeys(NO_NUMBERS)
     return model.requires_grad_(False), tokenizer, checksum(model.named_parameters(), described)
 
 
@@ -144,7 +144,7 @@ def merged(name, device, dtype, load_in_4bit):
                     raise ValueError(f"{base} is not what it was trained on; its weights differ")
         if cached_file(name, "tokenizer_config.json", **OPTIONAL):
             tokenizer = load_tokenizer(name)
-        described = json.dumps(config.to_dict() | {"base_model_name_or_path": None}, default=str)
+        described = config.to_dict() | {"base_model_name_or_path": None}
         # Of both parts, not of the sum, which is rounded otherwise in every precision.
         own = checksum(sorted(load_peft_weights(name, device="cpu").items()), described)
         model = load_adapter(model, name)
@@ -194,12 +194,16 @@ def refuse_other_weights(place, found):
 
 
 def checksum(parameters, described):
-    """Checksum of a description and of (name, weight) pairs: names, shapes, up to 64 numbers each.
+    """Checksum of a configuration and of (name, weight) pairs: names, shapes, up to 64 numbers.
 
     The same in float32, bfloat16 and NF4: of a matrix it takes what NF4 keeps, the largest |weight|
     of 64 in a row, and rounds it to bfloat16.
     """
-    seen = hashlib.sha256(described.encode())
+
+    def plain(value):  # the order of a set changes from process to process
+        return sorted(value) if isinstance(value, set) else str(value)
+
+    seen = hashlib.sha256(json.dumps(described, default=plain).encode())
     for name, weight in parameters:
         packed = getattr(weight, "quant_state", None)
         shape = tuple(packed.shape if packed else weight.shape)
