@@ -203,7 +203,7 @@ def checksum(parameters, described):
     def plain(value):  # the order of a set changes from process to process
         return sorted(value) if isinstance(value, set) else str(value)
 
-    seen = hashlib.sha256(json.dumps(described, default=plain).encode())
+    seen = hashlib.sha256(json.dumps(described, default=plain, sort_keys=True).encode())
     for name, weight in parameters:
         packed = getattr(weight, "quant_state", None)
         shape = tuple(packed.shape if packed else weight.shape)
