@@ -47,9 +47,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import processes
+from engine import processes
+from engine.packing import collate, micro_batches, pack
 from rollout import no_progress
-from rows import collate, micro_batches, pack
 
 
 # --- Advantages (§2) and update modes (§4.2) ------------------------------------------------------

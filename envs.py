@@ -111,7 +111,7 @@ class Env(abc.ABC):
 
     # The rest is the same for all; `anchor` may be overridden.
     def anchor(self) -> str:
-        """Names the state that the next action is taken in, for credit per step (gigpo.py).
+        """Names the state that the next action is taken in, for credit per step (GiGPO).
 
         Asking changes nothing, not even what the simulator will draw. The default is the last
         observation of an action that was understood: override it where that is not the whole state.

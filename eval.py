@@ -39,11 +39,10 @@ import numpy as np
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-import hardware
 import memory
 import rollout
-import runs
 import settings
+from engine import hardware, runs
 from envs import EnvFault
 from experiments import paper, report
 from rollout import no_progress

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import weights
-from cache import DialogueCache
-from decode import CudaGraphs, FusedAdapter, decode
+from engine import weights
+from engine.cache import DialogueCache
+from engine.decode import CudaGraphs, FusedAdapter, decode
 
 END_OF_TURN = "<|im_end|>"
 END_OF_THOUGHT = "</think>"

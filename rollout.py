@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import processes
+from engine import processes
 
 
 # --- What flows through ---------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class Settings:
     advantage_eps: float = setting(1e-6, "added to the standard deviation of returns")
     fixed_std: float = setting(0.0, "points to divide by instead, in every group; 0 = none")
     max_grad_norm: float = setting(1.0, "gradient clip")
-    # Credit per step (gigpo.py)
+    # Credit per step (algorithms/gigpo.py)
     step_weight: float = setting(0.0, "omega: weight of step-level advantages; 0 = none")
     discount: float = setting(0.95, "gamma of the step-level returns")
     invalid_penalty: float = setting(

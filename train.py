@@ -48,13 +48,10 @@ from transformers.utils import logging as transformers_logging
 
 import empo2
 import eval as evaluation
-import gigpo
-import hardware
-import logs
 import memory
-import processes
 import rollout
-import runs
+from algorithms import gigpo
+from engine import hardware, logs, processes, runs
 from envs import EnvFault, unknown
 
 

@@ -6,8 +6,8 @@ stand-in held with ScienceWorld (power-component, 30 turns), counted with Qwen2.
 
 import json
 
+from engine.runs import ROOT
 from rollout import Episode, Job, Turn, past
-from runs import ROOT
 
 LENGTHS = json.loads((ROOT / "experiments" / "lengths.json").read_text())
 SYSTEM = 235  # tokens of ScienceWorld's system message

@@ -28,12 +28,12 @@ import torch
 from transformers import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
-from decode import CudaGraphs
+from engine.decode import CudaGraphs
+from engine.hardware import find_place
+from engine.runs import write_json
+from engine.weights import first_line
 from experiments.gpu_pieces import Bench, Scale, memory_peaks, peak_rates
 from experiments.random_policy import QWEN_7B, fill, skeleton
-from hardware import find_place
-from runs import write_json
-from weights import first_line
 
 TINY = Qwen2Config(
     hidden_size=64,

@@ -20,11 +20,11 @@ from torch.utils._pytree import arg_tree_leaves, tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.utils import logging as transformers_logging
 
-import hardware
 from empo2 import accumulate_gradient, training_pairs
+from engine import hardware
+from engine.packing import pack
 from experiments.dialogues import TYPICAL, make_episode
 from experiments.random_policy import QWEN_7B, fill, skeleton
-from rows import pack
 from settings import Settings
 
 CARDS = (24, 32, 40, 48, 80, 141)  # GB

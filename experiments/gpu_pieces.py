@@ -12,11 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2Config
 
 from empo2 import Pair, accumulate_gradient, recompute_old_logps, training_pairs
+from engine.packing import micro_batches, pack, shared_length
+from engine.weights import first_line
 from experiments import gpu_memory
 from experiments.dialogues import TYPICAL, make_episode, message
-from rows import micro_batches, pack, shared_length
 from settings import Settings
-from weights import first_line
 
 TIP_REQUEST = 80  # tokens: the last observation and the request
 TIP = 100  # tokens of the longest tip

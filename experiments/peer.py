@@ -100,9 +100,8 @@ class Meter:
 # --- The two sides, each in a process of its own --------------------------------------------------
 def run_ours(model, turns, iterations, folder):
     """train.py, with a meter in its clock."""
-    import logs
-    import runs
     import train
+    from engine import logs, runs
 
     meter = Meter()
 

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from transformers.integrations import replace_with_bnb_linear
 
+from engine.runs import ROOT
+from engine.weights import four_bit, new_adapter
 from policy import Policy
-from runs import ROOT
-from weights import four_bit, new_adapter
 
 QWEN_7B = Qwen2Config(
     hidden_size=3584,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-import runs
+from engine import runs
 from experiments import paper
 from settings import is_standin
 

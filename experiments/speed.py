@@ -33,10 +33,10 @@ from transformers.utils import logging as transformers_logging
 
 import rollout
 from empo2 import accumulate_gradient, hybrid_loss, score_tokens, training_pairs
+from engine.hardware import find_place
+from engine.packing import collate, micro_batches, pack
 from experiments.dialogues import message, some_ids
 from experiments.random_policy import QWEN_7B, fill, skeleton
-from hardware import find_place
-from rows import collate, micro_batches, pack
 from settings import Settings
 from worlds.scienceworld import Jvm, ScienceWorld, find_java
 

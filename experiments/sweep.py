@@ -31,8 +31,8 @@ import torch
 from tqdm import tqdm
 
 import envs
-import runs
 import train
+from engine import runs
 from experiments import paper, report
 from settings import PRESETS, handle, with_home
 

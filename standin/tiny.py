@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from empo2 import score_tokens, training_pairs
+from engine.packing import collate, micro_batches, pack
 from policy import Policy
-from rows import collate, micro_batches, pack
 
 CHATML = (
     "{% for m in messages %}"

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 import eval as evaluation
-import runs
 import train
+from engine import runs
 from experiments import sweep
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md")]

@@ -12,9 +12,9 @@ import envs
 import memory
 import policy
 import rollout
-import rows
+from algorithms.gigpo import gigpo_advantages
 from empo2 import group_advantages, grpo_advantages, hybrid_loss
-from gigpo import gigpo_advantages
+from engine import packing
 from rollout import Episode, Job, Turn
 from settings import Settings
 
@@ -368,7 +368,7 @@ def test_settings_refuse_nonsense():
             Settings(**{name: value})
 
 
-@pytest.mark.parametrize("module", [empo2, envs, memory, policy, rollout, rows])
+@pytest.mark.parametrize("module", [empo2, envs, memory, policy, rollout, packing])
 def test_the_examples_in_the_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted and not result.failed

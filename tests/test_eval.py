@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save
 import eval as evaluation
 import memory
 import rollout
-import runs
 import train
+from engine import runs
 from envs import make
 from experiments import paper
 from memory import TipMemory, embedder

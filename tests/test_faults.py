@@ -28,11 +28,10 @@ from tqdm import tqdm
 import empo2
 import envs
 import eval as evaluation
-import logs
 import memory
 import rollout
-import runs
 import train
+from engine import logs, runs
 from experiments import view
 from settings import Settings
 from worlds.house import House

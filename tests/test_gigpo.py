@@ -7,11 +7,11 @@ import pytest
 from conftest import ROOT
 
 import rollout
-import runs
 import train
+from algorithms.gigpo import gigpo_advantages, shared_states
 from empo2 import grpo_advantages
+from engine import runs
 from envs import UNKNOWN, Env, EnvFault, make
-from gigpo import gigpo_advantages, shared_states
 from rollout import Episode, Job, Turn
 from settings import Settings
 

@@ -12,8 +12,8 @@ import empo2
 import envs
 import eval as evaluation
 import rollout
-import runs
 import train
+from engine import runs
 from policy import Policy
 
 HOUSE = {"rooms": 1, "containers": 1, "step_limit": 4}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from engine.runs import ROOT
 from experiments import peer
-from runs import ROOT
 
 
 class Sampler:

@@ -14,12 +14,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import empo2
-import hardware
 import rollout
-import runs
-from cache import BLOCK, DialogueCache, key_width
+from engine import hardware, runs
+from engine.cache import BLOCK, DialogueCache, key_width
+from engine.packing import collate, pack
 from policy import Policy, inverse_cdf
-from rows import collate, pack
 from settings import Settings
 
 HOSTILE = ["", " ", "x" * 10_000, "two\nlines", "ünï 中文 🙂 \x00\x1b[31m", "<|endoftext|>"]

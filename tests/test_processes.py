@@ -19,9 +19,8 @@ from conftest import ROOT
 from test_train import SMALL, timeless, weights
 from tqdm import tqdm
 
-import processes
-import runs
 import train
+from engine import processes, runs
 
 
 def child(rank, count, port, hosted, argv, output, act):

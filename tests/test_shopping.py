@@ -12,10 +12,10 @@ from conftest import write_checkpoint
 import empo2
 import rollout
 import train
+from engine.packing import pack
 from envs import EnvFault, make
 from memory import NoveltyStore, TipMemory, embedder
 from policy import Policy, inverse_cdf
-from rows import pack
 from settings import PRESETS, Settings
 from worlds.webshop.env import WebShop
 

@@ -8,7 +8,7 @@ import torch
 from conftest import check_as_plain_transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import runs
+from engine import runs
 from policy import Policy
 from settings import Settings
 from standin import smollm2

@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
-import runs
 import train
+from engine import runs
 from experiments import paper, report, sweep
 
 # Plays train.py: keeps its arguments, holds the run's lock, waits for the file GO, and evaluates.

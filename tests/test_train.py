@@ -25,10 +25,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
-import logs
-import runs
 import settings
 import train
+from engine import logs, runs
 from envs import UNKNOWN
 from experiments import sweep, view
 from policy import Policy
@@ -441,7 +440,7 @@ def test_a_path_from_the_home_directory(monkeypatch):
 def test_without_fcntl_it_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with pytest.raises(SystemExit, match="Linux or macOS is needed; on Windows use WSL"):
-        runpy.run_path(str(ROOT / "runs.py"))
+        runpy.run_path(str(ROOT / "engine/runs.py"))
 
 
 def test_the_merged_checkpoint_of_the_docs_is_the_adapters_policy(finished, tmp_path):

@@ -403,7 +403,7 @@ def test_models_with_full_attention_are_accepted(config_class, dtype, tmp_path):
 
 def test_a_mask_that_hides_one_token_is_noticed(checkpoint, monkeypatch):
     """A cache that sees one token too few, as a window would have it."""
-    from cache import DialogueCache
+    from engine.cache import DialogueCache
 
     forward = DialogueCache.forward
 

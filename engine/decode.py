@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from peft.tuners.lora import LoraLayer
 
-from cache import batch_size, key_width
+from engine.cache import batch_size, key_width
 
 LOOK_EVERY = 8  # tokens between questions whether all have stopped, where steps are recorded
 

@@ -16,18 +16,18 @@ from safetensors import SafetensorError
 
 import envs
 import memory
-import processes
-from hardware import find_place
+from engine import processes
+from engine.hardware import find_place
+from engine.weights import first_line
 from policy import Policy
 from settings import Settings
-from weights import first_line
 
 try:
     import fcntl
 except ImportError:
     raise SystemExit("Linux or macOS is needed; on Windows use WSL") from None
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
 STORED = (
     "adapter_model.safetensors",

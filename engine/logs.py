@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import processes
 from empo2 import intrinsic_return
+from engine import processes
 from envs import UNKNOWN
 
 

@@ -1,4 +1,4 @@
-"""Packed rows against the pairs they are made of.     pytest tests/test_rows.py"""
+"""Packed rows against the pairs they are made of.     pytest tests/test_packing.py"""
 
 import random
 from types import SimpleNamespace
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from cache import DialogueCache
 from empo2 import Pair
-from rows import PASS, Row, collate, groups, micro_batches, pack, visibility
+from engine.cache import DialogueCache
+from engine.packing import PASS, Row, collate, groups, micro_batches, pack, visibility
 
 
 def random_pairs(rng):

@@ -8,7 +8,7 @@ import math
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from rows import groups, shared_length
+from engine.packing import groups, shared_length
 
 PREFILL_TOKENS = 8192  # padded tokens in one forward pass, unless a single prompt is longer
 BLOCK = 256  # room for a dialogue, and the keys that a step looks at, are multiples of this
