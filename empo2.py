@@ -1,10 +1,10 @@
 """EMPO²: Exploratory Memory-Augmented On- and Off-Policy Optimization (arXiv 2602.23008).
 
-The method is two calls: `rollout` explores (§4.1, rollout.py), `update` learns (§2 and §4.2, here):
-advantages, update modes, training pairs, the hybrid loss. train.py has the loop.
+The method is two calls: `rollout` explores (§4.1, rollout.py), `update` learns (§2 and §4.2, here).
+train.py has the loop. `Algorithm` holds the decisions of both: subclass it to try another one.
 
 Where the paper is silent, contradicts itself, or its authors' code does something else, this is
-what we do; a comment `# (n)` marks each place in the code. "Paper" is the text of the sections,
+what we do; a comment `# [n]` marks each place in the code. "Paper" is the text of the sections,
 "Alg. 1" its appendix, whose p and q are the *complements* of the text's. Named settings select the
 other reading.
 
@@ -15,17 +15,17 @@ other reading.
     authors); the ratio then starts near 0 on exactly those tokens that the tip decided.
  3. The low-probability mask is per token, under π_θ, in every mode (authors: off by default; drops
     whole turns, by their old log-probs). Eq. 2 masks the policy term; the KL term is not masked.
-    The k3 estimate of KL is one on tokens that π_θ could have drawn, hence not on off-policy ones,
-    where a single token can outweigh the rest; β is 0 by default.
+    k3 estimates KL only from tokens sampled from π_θ; on off-policy tokens it is biased, and one
+    token can outweigh the rest. β is 0 by default.
  4. The intrinsic reward is 1/n over a store of distinct states, in every rollout, and part of the
     return (authors: 1/(retrieved tips + 1), in memory rollouts only, and it never reaches the
     advantage). States are compared by observation alone, without the task text, within their
-    memory slot. What counts as met before is what was met before this iteration, and earlier in
-    the same episode, so equal episodes of a group get equal rewards.
+    memory slot. A visit counts the states of earlier iterations and of its own episode, so equal
+    episodes of a group get equal rewards.
  5. Retrieved tips: similarity >= 0.5, then the 10 best by score (authors). `tip_rank=similarity`
-    takes the most similar ones (paper). Of equals the one that served better goes first: the mean
-    score of the episodes that wrote it or were shown it. Else a false tip, once written after a
-    good episode, would lead the rest for ever. Then the newer one.
+    takes the most similar ones (paper). Ties: the higher mean score of the episodes that wrote or
+    saw the tip, then the newer. (Else a false tip, written once after a good episode, would lead
+    for ever.)
  6. Memory key and query: task text and current observation; a tip is stored under the last state
     of its episode. `memory_key="task"`: task text alone. (Authors: the prompt's beginning, cut by
     a 256-token encoder.) With the task text in the key nearly all states of a task are similar
@@ -35,27 +35,169 @@ other reading.
  8. One tip per episode, with its final score (paper; authors: one per action, all the same text).
  9. Tips belong to the turn they were retrieved for and are not in the history of later turns
     (authors: every past tip stays). A tip-free prompt is *built* without tips, never stripped.
-10. An action is sent as written. `action_correction`: the valid action that shares the most words
-    (authors).
-11. No solved examples in the prompt. `shots=2` shows solved development variations (paper: two).
+10. An action is sent as written. ScienceWorld's option `action_correction`: the valid action that
+    shares the most words (authors).
+11. No solved examples in the prompt. ScienceWorld's option `shots=2` shows solved development
+    variations (paper: two).
+12. The ratio is per token (authors; the paper writes it per action; algorithms/gspo.py).
+13. For A < 0 the surrogate is at least `clip_c` · A (dual clip; in the paper's settings, not in
+    Eq. 2).
+14. The denominator is the number of action tokens of the optimiser step (Eq. 2 has 1/(NT), turns).
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+import memory
 from engine import processes
-from engine.packing import collate, micro_batches, pack
+from engine.packing import micro_batches, pack, visibility
 from rollout import no_progress
+from settings import Settings
 
 
-# --- Advantages (§2) and update modes (§4.2) ------------------------------------------------------
-def intrinsic_return(episode, coef):
-    """R = Σ_t (r_t + c · r_int,t), §4.1."""
-    return sum(turn.reward + coef * turn.novelty for turn in episode.turns)
+# --- What is learnt from --------------------------------------------------------------------------
+@dataclass
+class Pair:
+    """What learning sees of a turn."""
+
+    prompt: list[int]  # what the numerator π_θ(a | prompt) is conditioned on
+    action: list[int]
+    old_logps: list[float] | None = None  # of the action; None = evaluated under `prompt`
+    sampled_logps: list[float] | None = None  # if it was sampled with `prompt`: for `sampler_gap`
+    second: "Pair | None" = None  # the action under another prompt: scored, too, for `advantages`
+    advantages: list[float] = field(default_factory=list)  # of each token, once they are known
+
+
+@dataclass
+class Batch:
+    """A micro-batch: rows of packed pairs, padded on the right. All tensors are [B, L].
+
+    `visible` [B, L, L] (query, key) and `positions` are None where every row is a plain sequence.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor  # bool, True on action tokens
+    action_of: torch.Tensor  # which action a token belongs to, 0, 1, ...; -1 outside the mask
+    old_logps: torch.Tensor  # 0 outside the mask
+    advantages: torch.Tensor  # 0 outside the mask
+    positions: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None  # of π_θ at each token, in nats, with its gradient
+    ref_logp: torch.Tensor | None = None  # under π_ref, if `beta` asks for it
+
+    def action_mean(self, values):
+        """For each token the mean of `values` [B, L] over its action; 0 outside the mask."""
+        index = self.action_of[self.mask]
+        sums = values.new_zeros(index.max() + 1).index_add(0, index, values[self.mask])
+        return torch.zeros_like(values).masked_scatter(self.mask, (sums / index.bincount())[index])
+
+
+# --- The method -----------------------------------------------------------------------------------
+class Algorithm:
+    """EMPO², one method per decision of the paper. GRPO is its settings without memory.
+
+    For another method subclass it in a file of its own, override what differs and run
+    `python train.py --algorithm my_idea.py` (docs/forks.md). `s`: the settings. `iteration`: the
+    current one. Nothing else is kept over a resume.
+    """
+
+    Settings = Settings  # a subclass of it has the settings of its own
+    preset = "empo2"  # which --preset holds if none is given
+    needs_anchors = False  # does each turn need the name of its state, `Env.anchor`?
+
+    def __init__(self, s):
+        self.s = s
+        self.iteration = 0
+
+    # Exploration (§4.1)
+    def collect(self, draw, play):
+        """The episodes of an iteration. draw(n): jobs of n further groups; play(jobs): episodes."""
+        return play(draw(self.s.tasks_per_iteration))
+
+    def memory_mode(self, rng):
+        """Rollout mode: is the prompt augmented with tips? True with probability p. [1]"""
+        return rng.random() < self.s.memory_prob
+
+    def order_tips(self, slot, similarity):
+        """Indexes of the tips to retrieve, best first. slot: TipSlot; similarity: [n]. [5]"""
+        s = self.s
+        return memory.best_first(slot, similarity, s.tip_threshold, s.max_tips, s.tip_rank)
+
+    def shown_tips(self, retrieved):
+        """Which of the retrieved tips the prompt shows to π_old."""
+        return retrieved
+
+    def admitted(self, episodes):
+        """The episodes whose tips enter the memory, of all the iteration's that wrote one. [8]"""
+        return episodes
+
+    def intrinsic_reward(self, n):
+        """r_int of the n-th visit to a state. [4]"""
+        return 1 / n
+
+    # Learning (§2, §4.2)
+    def offpolicy_mode(self, rng):
+        """Update mode of a memory turn: off-policy, without its tips, with probability q. [1]"""
+        return rng.random() < self.s.offpolicy_prob
+
+    def training_pairs(self, episode) -> Iterator[Pair]:
+        """A pair for each turn.
+
+        | turn               | numerator           | denominator (behaviour)                      |
+        | without memory     | π_θ(a | s, u)       | π_old(a | s, u)                              |
+        | memory, on-policy  | π_θ(a | s, u, tips) | π_old(a | s, u, tips)                        |
+        | memory, off-policy | π_θ(a | s, u)       | π_old(a | s, u), or sampled with tips [2]    |
+        """
+        for t, turn in enumerate(episode.turns):
+            if not turn.offpolicy:
+                prompt = episode.prompt(t, turn.shown_ids)
+                yield Pair(prompt, turn.action_ids, sampled_logps=turn.logps)
+            elif self.s.denominator == "tips":  # [2]
+                yield Pair(episode.prompt(t), turn.action_ids, old_logps=turn.logps)
+            else:
+                yield Pair(episode.prompt(t), turn.action_ids)
+
+    def episode_return(self, episode):
+        """R = Σ_t (r_t + c · r_int,t), §4.1."""
+        return sum(turn.reward + self.s.intrinsic_coef * turn.novelty for turn in episode.turns)
+
+    def advantages(self, episodes):
+        """For each episode a list with an advantage per turn: a number, or a list of one per token.
+
+        GRPO: the same for all turns of an episode (§2). `turn.pair` has the log-probs by now.
+        """
+        returns = [self.episode_return(episode) for episode in episodes]
+        groups = [episode.job.group for episode in episodes]
+        advantages = group_advantages(returns, groups, self.s.advantage_eps, self.s.fixed_std)
+        return [
+            [a] * len(episode.turns)
+            for a, episode in zip(advantages.tolist(), episodes, strict=True)
+        ]
+
+    def learns_from(self, pair):
+        """Has the pair a gradient? If not, its forward and backward pass are spared."""
+        return any(pair.advantages) or self.s.beta > 0
+
+    def logratio(self, batch, logp):
+        """log ρ [B, L] from the log-probs `logp` [B, L] under π_θ: per token. [12]"""
+        return logp - batch.old_logps
+
+    def loss(self, batch, logp):
+        """(the loss of each token [B, L], its metrics summed over the action tokens)."""
+        logratio = self.logratio(batch, logp)
+        return hybrid_loss(logp, logratio, batch.advantages, batch.mask, self.s, batch.ref_logp)
+
+    def denominator(self, pairs):
+        """What the losses of an optimiser step are divided by; `pairs`: of all its turns. [14]"""
+        return sum(len(pair.action) for pair in pairs)
+
+    def metrics(self, episodes):
+        """Further numbers for metrics.jsonl."""
+        return {}
 
 
 def group_advantages(returns, group_ids, eps=1e-6, fixed_std=0.0):
@@ -80,89 +222,28 @@ def group_advantages(returns, group_ids, eps=1e-6, fixed_std=0.0):
     return advantages.float()
 
 
-def grpo_advantages(episodes, s):
-    """The default advantage estimator: one advantage for all turns of an episode (§2).
-
-    **Put your own beside it** and hand it to `update`: (episodes, settings) -> a list per episode
-    with an advantage per turn.
-    """
-    returns = [intrinsic_return(episode, s.intrinsic_coef) for episode in episodes]
-    groups = [episode.job.group for episode in episodes]
-    advantages = group_advantages(returns, groups, s.advantage_eps, s.fixed_std).tolist()
-    return [[a] * len(episode.turns) for a, episode in zip(advantages, episodes, strict=True)]
-
-
-def draw_update_modes(episodes, s, rng):
-    """Memory turns are updated off-policy, without their tips, with probability q (§4.2; 1)."""
-    batch_mode = rng.random() < s.offpolicy_prob
-    for episode in episodes:
-        mode = batch_mode
-        if s.mode_level == "episode":
-            mode = episode.rng.random() < s.offpolicy_prob
-        for turn in episode.turns:
-            if turn.tip_ids:
-                if s.mode_level == "turn":
-                    mode = episode.rng.random() < s.offpolicy_prob
-                turn.offpolicy = mode
-
-
-# --- Training pairs: the seam for a new algorithm -------------------------------------------------
-@dataclass
-class Pair:
-    """What learning sees of a turn."""
-
-    prompt: list[int]  # what the numerator π_θ(a | prompt) is conditioned on
-    action: list[int]
-    advantage: float
-    old_logps: list[float] | None = None  # of the action; None = to be recomputed under `prompt`
-    sampled_logps: list[float] | None = None  # if it was sampled with `prompt`: for `sampler_gap`
-
-
-def training_pairs(episode, s) -> Iterator[Pair]:
-    """What is learnt from an episode: a prompt, an action, old log-probs and an advantage per turn.
-
-    | turn               | numerator           | denominator (behaviour)                          |
-    | without memory     | π_θ(a | s, u)       | π_old(a | s, u)                                  |
-    | memory, on-policy  | π_θ(a | s, u, tips) | π_old(a | s, u, tips)                            |
-    | memory, off-policy | π_θ(a | s, u)       | π_old(a | s, u), or sampled with tips (2)        |
-    """
-    for t, turn in enumerate(episode.turns):
-        pair = Pair(episode.prompt(t, not turn.offpolicy), turn.action_ids, turn.advantage)
-        if not turn.offpolicy:
-            pair.sampled_logps = turn.logps
-        elif s.denominator == "tips":  # (2)
-            pair.old_logps = turn.logps
-        yield pair
-
-
 # --- Loss (Eq. 2) ---------------------------------------------------------------------------------
-def hybrid_loss(logp, old_logp, advantages, mask, s, ref_logp=None, num_tokens=None):
-    """Minus Eq. 2, with dual clip and the k3 estimate of KL(π_θ || π_ref).
+def hybrid_loss(logp, logratio, advantages, mask, s, ref_logp=None):
+    """Minus Eq. 2 at each token, with dual clip and the k3 estimate of KL(π_θ || π_ref).
 
-    logp, old_logp, advantages, ref_logp: [B, L] float; mask: [B, L] bool, True on action tokens;
-    values outside the mask are ignored. s: settings (clip_low, clip_high, clip_c, min_prob, beta).
-    num_tokens: action tokens of the whole optimiser step (default: of this call), so that the
-    split into micro-batches cannot change the gradient.
-    Returns (loss, metrics); the metrics are sums over the action tokens.
+    logp, logratio (log of π_θ / π_old), advantages, ref_logp: [B, L] float; mask: [B, L] bool, True
+    on action tokens; values outside the mask are ignored. s: settings (clip_low, clip_high, clip_c,
+    min_prob, beta). Returns (loss [B, L], metrics); the metrics are sums over the action tokens.
 
-    >>> from settings import Settings
     >>> one = torch.ones(1, 1)  # π_θ / π_old = 2, clipped at 1.3
-    >>> loss, _ = hybrid_loss((.8 * one).log(), (.4 * one).log(), one, one.bool(), Settings())
+    >>> loss, _ = hybrid_loss((.8 * one).log(), (2 * one).log(), one, one.bool(), Settings())
     >>> round(loss.item(), 6)
     -1.3
     """
-    if num_tokens is None:
-        num_tokens = int(mask.sum())
-    keep = mask & (logp.detach().exp() >= s.min_prob)  # (3): a constant, no gradient through it
-    logratio = torch.where(keep, logp - old_logp, 0.0)  # before exp: a masked one may not overflow
-    ratio = logratio.exp()
+    keep = mask & (logp.detach().exp() >= s.min_prob)  # [3] a constant, no gradient through it
+    ratio = torch.where(keep, logratio, 0.0).exp()  # before exp: a masked one may not overflow
     clipped = ratio.clamp(1 - s.clip_low, 1 + s.clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    bounded = torch.maximum(surrogate, s.clip_c * advantages)
+    bounded = torch.maximum(surrogate, s.clip_c * advantages)  # [13]
     surrogate = torch.where(advantages < 0, bounded, surrogate)
-    objective = torch.where(keep, surrogate, 0.0).sum()
+    objective = torch.where(keep, surrogate, 0.0)
     with torch.no_grad():
-        logratio = torch.where(mask, logp - old_logp, 0.0)
+        logratio = torch.where(mask, logratio, 0.0)
         ratio = logratio.exp()
         above = (ratio > 1 + s.clip_high) & (advantages > 0)
         below = (ratio < 1 - s.clip_low) & (advantages < 0)
@@ -174,128 +255,186 @@ def hybrid_loss(logp, old_logp, advantages, mask, s, ref_logp=None, num_tokens=N
         }
     if ref_logp is not None:
         log_ref_ratio = torch.where(mask, ref_logp - logp, 0.0)
-        kl = (log_ref_ratio.exp() - 1 - log_ref_ratio).sum()  # k3 (Schulman), gradient included
+        kl = log_ref_ratio.exp() - 1 - log_ref_ratio  # k3 (Schulman), gradient included
         objective = objective - s.beta * kl
-        metrics["kl_ref"] = kl.item()
-    loss = -objective / num_tokens
-    metrics["loss"] = loss.item() * num_tokens
-    return loss, metrics
+        metrics["kl_ref"] = kl.sum().item()
+    return -objective, metrics
 
 
 # --- Update (Alg. 1, lines of the policy update) --------------------------------------------------
-class NotFinite(FloatingPointError):
-    """A gradient that is not finite. `pairs` are those of its optimiser step."""
-
-    def __init__(self, pairs):
-        super().__init__(
-            "the gradient is not finite; start another run with a lower --learning-rate or with "
-            "the low-probability mask (--min-prob 0.0067)"
-        )
-        self.pairs = pairs
-
-
-def update(
-    policy,
-    optimizer,
-    episodes,
-    s,
-    rng,
-    progress=no_progress,
-    advantage_estimator=grpo_advantages,
-):
+def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
     """One pass over the episodes, `minibatch_episodes` per optimiser step.
 
     Returns metrics; those of the loss are means over the action tokens that were learnt from.
-    Raises NotFinite before that step's weights are touched.
+    Raises FloatingPointError before that step's weights are touched if a gradient is not finite.
     """
+    s = algorithm.s
     policy.forget()  # the rollout's keys and values: the weights are about to change
-    draw_update_modes(episodes, s, rng)
-    estimated = advantage_estimator(episodes, s)
-    for episode, advantages in zip(episodes, estimated, strict=True):
-        for turn, advantage in zip(episode.turns, advantages, strict=True):
-            turn.advantage = advantage
-    steps = optimiser_steps(episodes, s, rng)
+    draw_update_modes(episodes, algorithm, rng)
+    for episode in episodes:
+        pairs = algorithm.training_pairs(episode)
+        for turn, pair in zip(episode.turns, pairs, strict=True):
+            turn.pair = pair
     progress("update", "old log-probs")
-    gaps = recompute_old_logps(policy, [row for rows, _ in steps for row in rows], s)
+    gaps = score_pairs(policy, episodes, s)
+    give_advantages(episodes, algorithm.advantages(episodes))
     parts = []
     norms = []
-    for number, (rows, num_tokens) in enumerate(steps, 1):
+    steps = optimiser_steps(episodes, algorithm, rng)
+    for number, (rows, denominator) in enumerate(steps, 1):
         progress("update", f"step {number} of {len(steps)}")
         optimizer.zero_grad()
         for batch in micro_batches(rows, s.micro_tokens):
-            parts.append(accumulate_gradient(policy, batch, s, num_tokens))
+            parts.append(accumulate_gradient(policy, batch, algorithm, denominator))
         processes.add_gradients(policy.trainable())
         try:
             norm = torch.nn.utils.clip_grad_norm_(
                 policy.trainable(), s.max_grad_norm, error_if_nonfinite=True
             )
         except RuntimeError as error:
-            pairs = [pair for row in rows for _, pair in row.spans]
-            raise NotFinite(processes.gather(pairs)) from error
+            raise FloatingPointError(
+                "the gradient is not finite; start another run with a lower --learning-rate or "
+                "with the low-probability mask (--min-prob 0.0067)"
+            ) from error
         optimizer.step()
         norms.append(norm.item())
     sums = Counter()
     for part in processes.gather(parts):
         sums.update(part)
-    metrics = {name: total / sums["tokens"] for name, total in sorted(sums.items())}
-    metrics.pop("tokens", None)
-    returns = [intrinsic_return(episode, s.intrinsic_coef) for episode in episodes]
+    tokens = sums.pop("tokens", 0)
+    means = {name: total / tokens for name, total in sorted(sums.items())}
     groups = {episode.job.group for episode in episodes}
-    moved = {e.job.group for e in episodes if any(turn.advantage for turn in e.turns)}
-    return metrics | {
+    moved = {e.job.group for e in episodes if any(any(t.pair.advantages) for t in e.turns)}
+    return means | {
         "grad_norm": float(np.mean(norms)) if norms else 0.0,
         "optimizer_steps": len(norms),
         "sampler_gap": max(gaps, default=None),
         "sampler_gap_mean": float(np.mean(gaps)) if gaps else None,
-        "return": float(np.mean(returns)),
+        "return": float(np.mean([algorithm.episode_return(episode) for episode in episodes])),
         "zero_variance_groups": 1 - len(moved) / len(groups),
     }
 
 
-def optimiser_steps(episodes, s, rng):
-    """[(rows, num_tokens)] of each step, in random order of the episodes.
-
-    num_tokens counts all action tokens of the step. A zero advantage has no gradient, so without a
-    KL term its forward pass is spared.
-    """
-    order = rng.permutation(len(episodes))
-    steps = []
-    for first in range(0, len(episodes), s.minibatch_episodes):
-        packs = {}  # what goes into a row
-        num_tokens = 0
-        for index in order[first : first + s.minibatch_episodes]:
-            for t, pair in enumerate(training_pairs(episodes[index], s)):
-                num_tokens += len(pair.action)
-                key = index
-                if s.pack == "group":
-                    key = episodes[index].job.group
-                elif s.history:  # these prompts share little, and a row of one needs no mask
-                    key = (index, t)
-                if pair.advantage or s.beta:
-                    packs.setdefault(key, []).append(pair)
-        if packs:
-            rows = [pack(pairs) for pairs in packs.values()]
-            steps.append((processes.share(rows), num_tokens))
-    return steps
+def draw_update_modes(episodes, algorithm, rng):
+    """Draw which memory turns are updated off-policy, at the level of `mode_level`. [1]"""
+    level = algorithm.s.mode_level
+    batch_mode = algorithm.offpolicy_mode(rng)
+    for episode in episodes:
+        mode = batch_mode
+        if level == "episode":
+            mode = algorithm.offpolicy_mode(episode.rng)
+        for turn in episode.turns:
+            if turn.shown_ids:
+                if level == "turn":
+                    mode = algorithm.offpolicy_mode(episode.rng)
+                turn.offpolicy = mode
 
 
-def recompute_old_logps(policy, rows, s):
-    """π_old under each pair's own prompt, in the trainer's arithmetic, before the first step (2).
+def score_pairs(policy, episodes, s):
+    """Evaluate π_old under each pair's own prompt, in the trainer's arithmetic (also `second`). [2]
 
     Returns the differences to the sampler's log-probs of the same prompts.
     """
+
+    def unknown(pair):
+        return [p for p in (pair, pair.second) if p and p.old_logps is None]
+
+    pairs = [pair for e in episodes for turn in e.turns for pair in unknown(turn.pair)]
+    numbers = {id(pair): number for number, pair in enumerate(pairs)}
+    rows = processes.share(pack_rows(episodes, range(len(episodes)), s, unknown))
+    scored = [(numbers[id(pair)], logps) for pair, logps in score_rows(policy, rows, s)]
     gaps = []
-    with torch.no_grad():
-        for batch in micro_batches(rows, s.micro_tokens):
-            logp, _ = score_tokens(policy, collate(batch, policy.device), s)
-            for row, values in zip(batch, logp.tolist(), strict=True):
-                for start, pair in row.spans:
-                    own = values[start : start + len(pair.action)]
-                    if pair.sampled_logps:
-                        gaps += np.abs(np.subtract(own, pair.sampled_logps)).tolist()
-                    if pair.old_logps is None:
-                        pair.old_logps = own
-    return processes.gather(gaps)
+    for number, own in processes.gather(scored):
+        pair = pairs[number]
+        pair.old_logps = own
+        if pair.sampled_logps:
+            gaps += np.abs(np.subtract(own, pair.sampled_logps)).tolist()
+    return gaps
+
+
+@torch.no_grad()
+def score_rows(policy, rows, s):
+    """[(pair, log-probs of its action)] under π_θ."""
+    scored = []
+    for batch in micro_batches(rows, s.micro_tokens):
+        logp, _ = score_tokens(policy, collate(batch, policy.device), s)
+        for row, values in zip(batch, logp.tolist(), strict=True):
+            for start, pair in row.spans:
+                scored.append((pair, values[start : start + len(pair.action)]))
+    return scored
+
+
+def give_advantages(episodes, estimated):
+    """Give each token of each turn its advantage."""
+    for episode, of_turns in zip(episodes, estimated, strict=True):
+        for turn, advantage in zip(episode.turns, of_turns, strict=True):
+            length = len(turn.action_ids)
+            turn.pair.advantages = np.broadcast_to(advantage, length).tolist()
+            turn.advantage = float(np.mean(turn.pair.advantages))
+
+
+def optimiser_steps(episodes, algorithm, rng):
+    """[(this process's rows, denominator)] of each step, in random order of the episodes."""
+    s = algorithm.s
+    order = rng.permutation(len(episodes))
+    steps = []
+    for first in range(0, len(episodes), s.minibatch_episodes):
+        indexes = order[first : first + s.minibatch_episodes]
+        rows = pack_rows(
+            episodes, indexes, s, lambda pair: [pair] if algorithm.learns_from(pair) else []
+        )
+        if rows:
+            pairs = [turn.pair for index in indexes for turn in episodes[index].turns]
+            steps.append((processes.share(rows), algorithm.denominator(pairs)))
+    return steps
+
+
+def pack_rows(episodes, indexes, s, chosen):
+    """Rows of what `chosen` (a list) names of each pair of some episodes."""
+    packs = {}  # what goes into a row
+    for index in indexes:
+        for t, turn in enumerate(episodes[index].turns):
+            key = index
+            if s.pack == "group":
+                key = episodes[index].job.group
+            elif s.history:  # these prompts share little, and a row of one needs no mask
+                key = (index, t)
+            packs.setdefault(key, []).extend(chosen(turn.pair))
+    return [pack(pairs) for pairs in packs.values() if pairs]
+
+
+def collate(rows, device="cpu"):
+    """The tensors of a micro-batch."""
+    width = max(len(row.ids) for row in rows)
+    shape = (len(rows), width)
+    ids = torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(shape, dtype=torch.long)
+    ends = torch.full(shape, width)  # padding stands behind all that counts, and sees itself
+    action_of = torch.full(shape, -1)
+    old_logps = torch.zeros(shape)
+    advantages = torch.zeros(shape)
+    number = 0
+    for b, row in enumerate(rows):
+        length = len(row.ids)
+        ids[b, :length] = torch.tensor(row.ids)
+        positions[b, :length] = torch.tensor(row.positions)
+        ends[b, :length] = torch.tensor(row.ends)
+        for start, pair in row.spans:
+            action = slice(start, start + len(pair.action))
+            action_of[b, action] = number
+            number += 1
+            if pair.old_logps is not None:
+                old_logps[b, action] = torch.tensor(pair.old_logps)
+            if pair.advantages:
+                advantages[b, action] = torch.tensor(pair.advantages)
+    ids, action_of, old_logps, advantages = (
+        tensor.to(device) for tensor in (ids, action_of, old_logps, advantages)
+    )
+    batch = Batch(ids, action_of >= 0, action_of, old_logps, advantages)
+    if not all(row.is_sequence() for row in rows):
+        batch.positions = positions.to(device)
+        batch.visible = visibility(ends.to(device))
+    return batch
 
 
 def score_tokens(policy, batch, s, reference=False):
@@ -305,16 +444,15 @@ def score_tokens(policy, batch, s, reference=False):
     )
 
 
-def accumulate_gradient(policy, rows, s, num_tokens):
+def accumulate_gradient(policy, rows, algorithm, denominator):
     """Add the gradient of a micro-batch to the adapter's. Returns sums over its action tokens."""
     batch = collate(rows, policy.device)
-    logp, entropy = score_tokens(policy, batch, s)
-    ref_logp = None
-    if s.beta:
+    logp, batch.entropy = score_tokens(policy, batch, algorithm.s)
+    if algorithm.s.beta:
         with torch.no_grad():
-            ref_logp, _ = score_tokens(policy, batch, s, reference=True)
-    loss, sums = hybrid_loss(
-        logp, batch.old_logps, batch.advantages, batch.mask, s, ref_logp, num_tokens
-    )
-    loss.backward()
-    return sums | {"entropy": entropy.sum().item(), "tokens": int(batch.mask.sum())}
+            batch.ref_logp, _ = score_tokens(policy, batch, algorithm.s, reference=True)
+    losses, sums = algorithm.loss(batch, logp)
+    loss = losses.sum()
+    (loss / denominator).backward()
+    of_all = {"loss": loss, "entropy": batch.entropy.sum(), "tokens": batch.mask.sum()}
+    return sums | {name: value.item() for name, value in of_all.items()}

@@ -14,20 +14,22 @@ the rewards of an episode sum to its final score. `terminated` means solved or f
 `truncated` that the step limit was reached. EnvFault means that the simulator died or hangs: drop
 that episode (it is not a score of 0) and go on with reset(), which builds a new simulator.
 
-A new environment is a subclass of Env in a file of its own (worlds/house.py is the example) and a
-line in ENVS. Two threads may call two environments at once only if these differ in `worker`.
+A new environment is a subclass of Env in a file of its own: `--env path/to/my_world.py` plays it
+(worlds/house.py is the example). Two threads may call two environments at once only if
+these differ in `worker`.
 To play: python envs.py --help
 """
 
 import abc
-import argparse
-import difflib
 import importlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable
 from typing import ClassVar
+
+from engine import play
+from engine.errors import UNKNOWN, unknown
+from engine.plugins import find_class, is_file
 
 # Imported only when asked for: the house needs no Java.
 ENVS = {
@@ -35,25 +37,10 @@ ENVS = {
     "house": "worlds.house:House",
     "webshop": "worlds.webshop.env:WebShop",
 }
-UNKNOWN = "No known action matches that input."  # and nothing has changed
 
 
 class EnvFault(RuntimeError):
     """The simulator died or hung. The episode is lost; the next reset() starts afresh."""
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist; it says what may have been meant or what there is.
-
-    >>> print(unknown("task", "raido", ["radio", "fan"]))
-    unknown task 'raido'; did you mean radio?
-    >>> print(unknown("task", "boil", ["radio", "fan"]))
-    unknown task 'boil'; there are: radio, fan
-    """
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known)}"
-    return ValueError(f"unknown {what} {name!r}; {hint}")
 
 
 def encodable(text: str) -> str:
@@ -175,7 +162,9 @@ class Env(abc.ABC):
 
 
 def env_class(name: str) -> type[Env]:
-    """A class of ENVS. ValueError for an unknown name, RuntimeError if a package is missing."""
+    """A class of ENVS, or that of a file. ValueError; RuntimeError if a package is missing."""
+    if is_file(name):
+        return find_class(name, Env, "worlds")
     if name not in ENVS:
         raise unknown("environment", name, ENVS)
     module, class_name = ENVS[name].split(":")
@@ -187,7 +176,7 @@ def env_class(name: str) -> type[Env]:
 
 
 def make(name: str, **options) -> Env:
-    """Build an environment by its name in ENVS. The options are those of its class.
+    """Build an environment by its name in ENVS or its file. The options are those of its class.
 
     ValueError for an unknown name, an unknown option or an impossible value.
     """
@@ -217,55 +206,29 @@ def parse_options(pairs: list[str]) -> dict:
     return options
 
 
-def play(env: Env, task: str, variation: int) -> None:
-    """Play one episode on the terminal."""
-    observation, info = env.reset(task, variation)
-    print(f"{info['prompt']}\n\n{observation}")
-    terminated = truncated = False
-    while not terminated and not truncated:
-        action = input(f"\n[score {info['score']}] > ")
-        if action.strip() == "valid":
-            print("\n".join(env.valid_actions()))
-        elif action.strip() == "gold":
-            print("\n".join(env.gold_path()))
-        else:
-            observation, reward, terminated, truncated, info = env.step(action)
-            print(f"{observation}\n(reward {reward:+g})")
-    reason = "step limit" if truncated else "finished"
-    print(f"The episode is over: {reason}, score {info['score']}.")
+def from_settings(s) -> Env:
+    """An environment as the settings want it."""
+    options = parse_options(s.env_options)
+    if s.step_limit:
+        options["step_limit"] = s.step_limit
+    return make(s.env, **options)
 
 
-def main() -> int:
-    """Play by hand. Exit code 2 for wrong arguments, 1 for a lost simulator."""
-    parser = argparse.ArgumentParser(
-        description="Play an environment by hand: type one action per line.",
-        epilog="While playing, 'valid' lists the valid actions and 'gold' a solution; "
-        "Ctrl-D or Ctrl-C ends. Example: python envs.py --env house --task radio",
-    )
-    parser.add_argument("--env", default="scienceworld", help=" or ".join(ENVS))
-    parser.add_argument(
-        "--env-options",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of the environment, such as rooms=2 of house or data=FOLDER of webshop",
-    )
-    parser.add_argument("--task", help="task name; without it the tasks are listed")
-    parser.add_argument("--variation", type=int, default=0, help="of the task (default: 0)")
-    args = parser.parse_args()
-    try:
-        env = make(args.env, **parse_options(args.env_options))
-        if args.task is None:
-            print("\n".join(env.tasks()))
-        else:
-            play(env, args.task, args.variation)
-    except (EOFError, KeyboardInterrupt):
-        print()
-    except (ValueError, RuntimeError) as error:
-        print(f"envs.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+def task_pool(env: Env, tasks, split: str, variations: int) -> list[tuple[str, int]]:
+    """[(task, variation)]: the first variations of a split, of each task.
+
+    ValueError where there is nothing to play.
+    """
+    if not tasks:
+        raise ValueError("name the tasks: --tasks NAME ...")
+    pool = []
+    for task in tasks:
+        chosen = env.variations(task, split)[:variations]
+        if not chosen:
+            raise ValueError(f"{task} has no {split} variations")
+        pool += [(task, variation) for variation in chosen]
+    return pool
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(play.main(make, parse_options, ENVS))

@@ -6,7 +6,7 @@
   python eval.py runs/scienceworld-power-component-0 --model NEW_PLACE_OF_ITS_BASE_MODEL
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant
   python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant --protocol ood
-  python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant -- --shots 2
+  python eval.py --model Qwen/Qwen2.5-7B-Instruct --tasks find-plant -- --env-options shots=2
 
 id    each task once, without memory (§5): first 20 test variations x 4 episodes, temperature 0.4
 ood   each task ten times (§6.1): trial 0 without memory, trials 1-9 with tips at every turn, from a
@@ -25,47 +25,29 @@ mean (the paper's), the mean with negative scores as 0, the mean of the best sco
 the episode, the share of episodes at 100, and the share that ended at -100.
 """
 
-import argparse
 import copy
 import dataclasses
 import functools
-import json
 import sys
 import zlib
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+import envs
 import memory
 import rollout
 import settings
-from engine import hardware, runs
-from envs import EnvFault
-from experiments import paper, report
+from engine import evaluations, hardware, runs
+from engine.evaluations import TRIALS
+from engine.tables import FIGURES, show
+from policy import load_policy
 from rollout import no_progress
-
-TRIALS = {"id": 1, "ood": 10}
-# Settings that eval.py has an option of its own for
-OWN = ("model", "tasks", "seed", "eval_temperature")
-# Settings that change no number of an evaluation. All others are recorded.
-NO_EFFECT = (
-    "preset variations iterations gradient_checkpointing decode_graph lora_r lora_alpha group_size"
-    " tasks_per_iteration rollout_batch memory_prob novelty_threshold intrinsic_coef offpolicy_prob"
-    " denominator learning_rate minibatch_episodes micro_tokens pack clip_low clip_high clip_c"
-    " min_prob beta advantage_eps fixed_std max_grad_norm step_weight discount invalid_penalty"
-    " eval_every eval_variations eval_episodes run_dir resume save_every keep_checkpoints report_to"
-).split()
-# These may move: what is there is compared, by its checksum.
-PLACES = ("model", "adapter")
 
 
 # --- Evaluation (§5) ------------------------------------------------------------------------------
-FIGURES = ("mean", "mean_clipped", "best_reached", "share_100", "share_minus_100")
-
-
 def figures(episodes):
     """The five figures of a list of episodes (scores -100...100)."""
     scores = np.array([episode.score for episode in episodes], float)
@@ -84,23 +66,36 @@ def figures(episodes):
 
 
 def evaluate(
-    policy, envs, pool, episodes, s, rng, progress=no_progress, tips=None, embed=None, write=False
+    policy,
+    worlds,
+    pool,
+    episodes,
+    algorithm,
+    rng,
+    progress=no_progress,
+    tips=None,
+    embed=None,
+    write=False,
 ):
     """Play `episodes` of each (task, variation) of the pool, without learning -> the episodes.
 
     At s.eval_temperature; tip-free, or with the memory `tips` at every turn, which needs `embed`.
     write: each episode's tip is written, at the training temperature; no memory is changed.
     """
+    s = algorithm.s
     jobs = []
     for group, (task, variation) in enumerate(pool):
         jobs += [rollout.Job(task, variation, group, member) for member in range(episodes)]
-    playing = copy.copy(s)  # not `replace`: its check refuses a temperature of 0, greedy
-    playing.temperature = s.eval_temperature
-    playing.memory_prob = 0.0 if tips is None else 1.0
+    playing = copy.copy(algorithm)
+    playing.s = copy.copy(s)  # not `replace`: its check refuses a temperature of 0, greedy
+    playing.s.temperature = s.eval_temperature
+    playing.memory_mode = lambda rng: rng.random() < (tips is not None)  # whatever training does
+    playing.shown_tips = list
     for _ in range(5):  # once, unless the simulators lose every single episode
         played = []
-        waves = rollout.rollout(policy, envs, jobs, tips, embed, playing, rng, EnvFault, progress)
-        for wave in waves:
+        for wave in rollout.rollout(
+            policy, worlds, jobs, tips, embed, playing, rng, envs.EnvFault, progress
+        ):
             if write:
                 rollout.write_tips(policy, wave, s, progress)
             played += wave
@@ -121,12 +116,13 @@ def table(played):
 
 
 # --- The protocols --------------------------------------------------------------------------------
-def run_parts(args, s, adapter, load, env, pool, parts, save):
+def run_parts(args, algorithm, adapter, load, env, pool, parts, save):
     """Play what is missing of the parts, a list of trials of tasks; `save` is called after each."""
+    s = algorithm.s
     embed = memory.embedder(s.embedder)
     lanes = min(s.rollout_batch, len(pool) * args.episodes)
-    envs = [env] + [runs.make_env(s) for _ in range(lanes - 1)]
-    tips = runs.make_memory(s)
+    worlds = [env] + [envs.from_settings(s) for _ in range(lanes - 1)]
+    tips = memory.TipMemory(s.memory_capacity, algorithm.order_tips)
     if args.memory:
         tips.load(adapter / "tips.npz")
         require_tips(tips, pool, s)
@@ -145,7 +141,9 @@ def run_parts(args, s, adapter, load, env, pool, parts, save):
                         bar.set_description(f"{of}: {phase} {text}")
 
                     shown = tips if args.memory or trial else None
-                    part = play(policy, envs, own_pool, trial, shown, embed, args, s, progress)
+                    part = play(
+                        policy, worlds, own_pool, trial, shown, embed, args, algorithm, progress
+                    )
                     parts.append(part)
                     save()
                 if args.protocol == "ood":  # also after a stop: it follows from what is written
@@ -173,13 +171,14 @@ def require_tips(tips, pool, s):
         )
 
 
-def play(policy, envs, pool, trial, shown, embed, args, s, progress):
+def play(policy, worlds, pool, trial, shown, embed, args, algorithm, progress):
     """One trial of one task -> its row and its episodes."""
+    s = algorithm.s
     task = pool[0][0]
     rng = np.random.default_rng([args.seed, zlib.crc32(task.encode()), trial])
     write = args.protocol == "ood"
     played = evaluate(
-        policy, envs, pool, args.episodes, s, rng, progress, tips=shown, embed=embed, write=write
+        policy, worlds, pool, args.episodes, algorithm, rng, progress, shown, embed, write
     )
     turns = [turn for episode in played for turn in episode.turns]
     return {
@@ -188,14 +187,14 @@ def play(policy, envs, pool, trial, shown, embed, args, s, progress):
         **table(played)[task],
         "episodes_dropped": len(pool) * args.episodes - len(played),
         "turns": len(turns),
-        "memory_turns": sum(bool(turn.tips) for turn in turns),
+        "memory_turns": sum(bool(turn.shown) for turn in turns),
         "played": [
             {
                 "variation": episode.job.variation,
                 "score": episode.score,
                 "turns": len(episode.turns),
                 "ended": episode.ended,
-                "tips_shown": sorted({tip for turn in episode.turns for tip in turn.tips}),
+                "tips_shown": sorted({tip for turn in episode.turns for tip in turn.shown}),
                 "tip": episode.tip,
                 "state": rollout.memory_text(
                     episode, episode.turns[-1].next_observation, s.memory_key
@@ -207,196 +206,18 @@ def play(policy, envs, pool, trial, shown, embed, args, s, progress):
     }
 
 
-def show(protocol, parts, picture):
-    """Print the protocol and the table, and draw the picture; ood has a row for every trial."""
-    told = {k: v for k, v in protocol.items() if k not in ("checksums", "settings")}
-    print(", ".join(f"{name} {value}" for name, value in told.items()))
-    default = vars(settings.Settings())
-    changed = {k: v for k, v in protocol["settings"].items() if v != default[k]}
-    words = ", ".join(f"{name} {value}" for name, value in changed.items())
-    print(f"settings other than the defaults: {words}")
-    if settings.is_standin(protocol["model"]):  # its numbers do not stand beside the paper's
-        parts = [{**part, "task": f"{part['task']} (stand-in)"} for part in parts]
-    columns = ("episodes", "turns", "memory_turns", *FIGURES)
-    ood = protocol["protocol"] == "ood"
-    rows = {}
-    for part in parts:
-        name = f"{part['task']}, trial {part['trial']}" if ood else part["task"]
-        rows[name] = [part[column] for column in columns]
-    print(*report.table(columns, rows), sep="\n")
-    if not ood:
-        report.draw_scores(picture, parts)
-        for part in parts:
-            if part["task"] == "webshop":
-                print(*webshop_table(part, protocol["environment"]), sep="\n")
-        return
-    report.draw_trials(picture, parts)
-    for task, (trained_on, ours, grpo) in paper.OOD.items():
-        if task in protocol["tasks"]:
-            print(
-                f"the paper's best trial of {task}, trained on {trained_on}: "
-                f"EMPO² {ours}, GRPO {grpo}"
-            )
-
-
-def webshop_table(part, version):
-    """Score and success in percent, beside the paper's if the data are the official full set."""
-    rows = {f"here: {version}": (part["mean"], 100 * part["share_100"])}
-    remark = "The paper's scores are of the full set: these compare to none of them."
-    if version.endswith("the full set"):
-        rows |= {f"paper: {name}": row for name, row in paper.WEBSHOP.items()}
-        remark = "The paper's rows are of a 7B model."
-    return ["", *report.table(("score", "success %"), rows), remark]
-
-
 # --- Command line ---------------------------------------------------------------------------------
-def parse(argv):
-    """The arguments. Raises ValueError with one line for those that do not fit together."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", nargs="?", type=Path, help="a run directory, or one of its checkpoint-N")
-    add("--model", help="base model (hub id or folder) instead of a run; of a run: its new place")
-    add("--protocol", default="id", choices=TRIALS, help="see above (default id)")
-    add("--memory", action="store_true", help="id with the checkpoint's tips, at every turn")
-    add("--tasks", nargs="+", help="task names [the run's]; ood must be given them")
-    add("--split", default="test", choices=["train", "dev", "test"])
-    add("--variations", type=int, default=20, help="first ones of the split (default 20)")
-    add("--episodes", type=int, help="episodes per variation [4 with id, 1 with ood]")
-    add("--temperature", type=float, default=0.4, help="0 = greedy (default 0.4)")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, help="JSON file [RUN/eval-PROTOCOL-SPLIT-N.json, or ...-base.json]")
-    argv = settings.with_home(argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:cut])
-    args.settings = argv[cut + 1 :]
-    own = settings.given(args.settings) & {*OWN}
-    if own:
-        raise ValueError(f"{', '.join(own)}: eval.py has its own option for it, before --")
-    idle = settings.given(args.settings) & ({*NO_EFFECT} - {"rollout_batch", "decode_graph"})
-    if idle:
-        print(f"no effect on an evaluation: {', '.join(sorted(idle))}", file=sys.stderr)
-    if args.out and args.out.suffix == ".png":
-        raise ValueError("--out names the JSON file; the picture stands beside it, as .png")
-    if args.episodes is None:
-        args.episodes = 4 if args.protocol == "id" else 1
-    if not args.run and not args.model:
-        raise ValueError("give a run directory or --model; see --help")
-    if args.memory and (not args.run or args.protocol == "ood"):
-        raise ValueError("--memory is for the tips of a run's checkpoint, with --protocol id")
-    if args.protocol == "ood" and not args.tasks:
-        raise ValueError("--protocol ood needs the new tasks: --tasks NAME ...")
-    if args.seed < 0 or args.temperature < 0:
-        raise ValueError("--temperature and --seed must not be negative")
-    if args.variations < 1 or args.episodes < 1:
-        raise ValueError("--variations and --episodes must be positive")
-    return args
-
-
-def find_checkpoint(path):
-    """The newest checkpoint of a run directory, or the checkpoint that is named."""
-    run_dir = path.parent if path.name.startswith("checkpoint-") else path
-    saved = runs.checkpoints(run_dir)
-    if not saved:
-        raise ValueError(f"{path}: no run with a checkpoint here")
-    if path != run_dir:
-        if not path.exists():
-            raise ValueError(f"{path}: absent; there are {', '.join(map(str, saved))}")
-        return path
-    return path / f"checkpoint-{saved[-1]}"
-
-
-def describe(args, s, adapter, env, checksums):
-    """What the numbers were measured with, for people and to tell whether a file fits."""
-    recorded = {k: v for k, v in vars(s).items() if k not in (*OWN, *NO_EFFECT)}
-    shown = "off"
-    if args.memory:
-        shown = "tips of the checkpoint at every turn"
-    if args.protocol == "ood":
-        shown = "off in trial 0, then at every turn"
-    return {
-        "protocol": args.protocol,
-        "environment": env.VERSION,
-        "split": args.split,
-        "variations": args.variations,
-        "episodes_per_variation": args.episodes,
-        "temperature": args.temperature,
-        "memory": shown,
-        "step_limits": {task: env.limit(task) for task in s.tasks},
-        "adapter": str(adapter),
-        "model": s.model,
-        "tasks": s.tasks,
-        "seed": args.seed,
-        "settings": recorded,
-        "checksums": checksums,
-    }
-
-
-def earlier_parts(path, protocol):
-    """The parts in a file that an evaluation goes on with. Raises ValueError if it does not fit."""
-    try:
-        result = json.loads(path.read_text())
-        parts = result["parts"]
-        other = differing(protocol, result["protocol"])
-        needed = {"task", "trial", "episodes", "turns", "memory_turns", "played", *FIGURES}
-        if not all(needed <= part.keys() for part in parts):
-            raise ValueError("a part is not whole")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} exists, and holds no evaluation or a damaged one; name another file with --out"
-        ) from error
-    if other:
-        raise ValueError(
-            f"{path} exists, of another evaluation (these differ: {', '.join(other)}); "
-            "name another file with --out"
-        )
-    return parts
-
-
-def differing(ours, theirs):
-    """Names of what two protocols differ in."""
-    names = []
-    for name in {**ours, **theirs}.keys() - {*PLACES}:
-        pair = ours.get(name, ...), theirs.get(name, ...)
-        if all(isinstance(value, dict) for value in pair):
-            names += [f"{name}.{inner}" for inner in differing(*pair)]
-        elif pair[0] != pair[1]:
-            names.append(name)
-    return sorted(names)
-
-
 def run(args):
     """Evaluate, or go on with it. Returns the file that holds the result."""
-    s = settings.Settings()
-    adapter = None
-    state = None
-    name = "base"
-    folder = Path()
-    if args.run:
-        adapter = find_checkpoint(args.run)
-        s, state = runs.read_checkpoint(adapter)
-        name = adapter.name.removeprefix("checkpoint-")
-        folder = adapter.parent
-    changed = {"rollout_batch": None, "decode_graph": None}  # as this machine can
-    other, _ = settings.parse(args.settings)
-    for option in settings.given(args.settings):
-        changed[option] = getattr(other, option)
-    for option in ("model", "tasks"):
-        if getattr(args, option) is not None:
-            changed[option] = getattr(args, option)
-    changed |= {"seed": args.seed, "eval_temperature": args.temperature}
-    s, _ = hardware.defaults(dataclasses.replace(s, **changed))
-    memory_part = "-memory" if args.memory else ""
-    out = args.out or folder / f"eval-{args.protocol}{memory_part}-{args.split}-{name}.json"
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: there is no folder {out.parent}")
-    env = runs.make_env(s)
-    pool = runs.task_pool(env, s.tasks, args.split, args.variations)
+    s, adapter, state = run_settings(args)
+    algorithm = settings.algorithm_class(s.algorithm)(s)
+    out = evaluations.out_file(args, adapter)
+    env = envs.from_settings(s)
+    pool = envs.task_pool(env, s.tasks, args.split, args.variations)
 
     @functools.cache
     def load():
-        policy = runs.load_policy(s, adapter)
+        policy = load_policy(s, adapter)
         if adapter:
             runs.require_same_model(state, policy, s)
         return policy
@@ -408,16 +229,38 @@ def run(args):
         checksums |= {file: runs.sha256(adapter / file) for file in files}
     else:  # what a folder holds now is known once it is loaded
         checksums = {"weights": load().base_checksum, "tokenizer": load().fingerprint()}
-    protocol = describe(args, s, adapter, env, checksums)
-    parts = earlier_parts(out, protocol) if out.exists() else []
+    checksums |= runs.sources(s)
+    protocol = evaluations.describe(args, s, adapter, env, checksums)
+    parts = evaluations.earlier_parts(out, protocol) if out.exists() else []
 
     def save():
         runs.write_json(out, {"protocol": protocol, "parts": parts})
 
     if len(parts) < len(s.tasks) * TRIALS[args.protocol]:
-        run_parts(args, s, adapter, load, env, pool, parts, save)
+        run_parts(args, algorithm, adapter, load, env, pool, parts, save)
     show(protocol, parts, out.with_suffix(".png"))
     return out
+
+
+def run_settings(args):
+    """(settings, the checkpoint to evaluate, its state); None for both of a base model."""
+    s, adapter, state = settings.Settings(), None, None
+    if args.run:
+        adapter = evaluations.find_checkpoint(args.run)
+        s, state = runs.read_checkpoint(adapter)
+        for file in runs.changed_sources(adapter).values():
+            print(f"{file} has changed since the checkpoint; it is used as it is", file=sys.stderr)
+    changed = {"rollout_batch": None, "decode_graph": None}  # as this machine can
+    other, _ = settings.parse(args.settings)
+    for option in settings.given(args.settings):
+        changed[option] = getattr(other, option)
+    for option in ("model", "tasks"):
+        if getattr(args, option) is not None:
+            changed[option] = getattr(args, option)
+    changed |= {"seed": args.seed, "eval_temperature": args.temperature}
+    s = dataclasses.replace(s, **changed)
+    s, _ = hardware.defaults(s, envs.env_class(s.env).DEFAULT_TASKS)
+    return s, adapter, state
 
 
 def main(argv=None):
@@ -426,7 +269,7 @@ def main(argv=None):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        print(f"written to {run(parse(argv))}")
+        print(f"written to {run(evaluations.parse(argv, __doc__))}")
     except KeyboardInterrupt:
         print("\neval.py: stopped; the same command continues", file=sys.stderr)
         return 130

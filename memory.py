@@ -33,20 +33,30 @@ class TipSlot:
     trials: list[int]  # how many these are
 
 
+def best_first(slot, similarity, threshold=0.5, max_tips=10, rank="score"):
+    """Indexes of the tips of a slot to retrieve, best first; similarity: [n] cosines to the query.
+
+    threshold: least similarity. max_tips: most at once. rank: which of the similar ones, by "score"
+    or by "similarity". Ties: the higher mean score of the episodes that wrote or saw the tip (both:
+    counted twice), then the newer.
+    """
+    value = np.array(slot.scores) if rank == "score" else similarity
+    served = np.array(slot.totals) / slot.trials
+    age = -np.arange(len(value))  # the newest is 1 - n
+    order = np.lexsort((age, -served, -value))
+    return order[similarity[order] >= threshold - ROUNDING][:max_tips]
+
+
 class TipMemory:
     """M: tips with the key of the state they belong to and the score of their episode.
 
-    capacity: tips per slot, the oldest are dropped. threshold: least cosine similarity of a
-    retrieved tip. max_tips: most at once. rank: which of the similar ones, by "score" or by
-    "similarity". Of equals the one that served better goes first, by the mean score of the episodes
-    that wrote it or were shown it (both: counted twice), then the newer one.
+    capacity: tips per slot, the oldest are dropped. order: (TipSlot, cosines [n]) -> indexes of the
+    tips to retrieve, best first.
     """
 
-    def __init__(self, capacity=1000, threshold=0.5, max_tips=10, rank="score"):
+    def __init__(self, capacity=1000, order=best_first):
         self.capacity = capacity
-        self.threshold = threshold
-        self.max_tips = max_tips
-        self.rank = rank
+        self.order = order
         self.slots = {}
 
     def __len__(self):
@@ -83,24 +93,19 @@ class TipMemory:
                 held.trials[index] += 1
 
     def retrieve(self, key, slot):
-        """Texts of at most `max_tips` tips of the slot that are similar to `key` [d], best first.
+        """Texts of the tips of the slot for `key` [d], best first.
 
-        >>> memory, (x, y) = TipMemory(max_tips=2), np.eye(2)
+        >>> memory, (x, y) = TipMemory(), np.eye(2)
         >>> for text, score in [("low", 0), ("high", 50), ("middle", 20)]:
         ...     memory.add(x, text, score, "task/0")
         >>> memory.retrieve(x, "task/0"), memory.retrieve(y, "task/0"), memory.retrieve(x, "task/1")
-        (['high', 'middle'], [], [])
+        (['high', 'middle', 'low'], [], [])
         """
         if slot not in self.slots:
             return []
         held = self.slots[slot]
         similarity = held.keys[: len(held.texts)] @ np.float32(key)  # [n]
-        value = np.array(held.scores) if self.rank == "score" else similarity
-        served = np.array(held.totals) / held.trials
-        age = -np.arange(len(value))  # the newest is 1 - n
-        best_first = np.lexsort((age, -served, -value))
-        similar = [i for i in best_first if similarity[i] >= self.threshold - ROUNDING]
-        return [held.texts[i] for i in similar[: self.max_tips]]
+        return [held.texts[i] for i in self.order(held, similarity)]
 
     def save(self, path):
         """Write the content to a .npz file."""
@@ -151,7 +156,7 @@ class StateSlot:
 
 
 class NoveltyStore:
-    """Distinct states and how often each was met; the intrinsic reward of a visit is 1/n.
+    """Distinct states and how often each was met.
 
     threshold: cosine similarity from which two states count as the same. capacity: states per slot.
     """
@@ -164,22 +169,21 @@ class NoveltyStore:
     def __len__(self):
         return sum(len(slot.counts) for slot in self.slots.values())
 
-    def rewards(self, keys, slot):
-        """1/n of visits to the states `keys` [t, d], one after another; nothing is stored.
+    def visits(self, keys, slot):
+        """n of visits to the states `keys` [t, d], one after another; nothing is stored.
 
         n = 1 + earlier visits to a similar state: those stored, and those before it in `keys`.
 
         >>> novelty, (x, y) = NoveltyStore(), np.eye(2)
         >>> novelty.add([x], "task/0")
-        >>> novelty.rewards([x, y, x], "task/0"), novelty.rewards([x], "task/0")
-        ([0.5, 1.0, 0.3333333333333333], [0.5])
+        >>> novelty.visits([x, y, x], "task/0"), novelty.visits([x], "task/0")
+        ([2, 1, 3], [2])
         """
         scratch = StateSlot(np.zeros((0, len(keys[0])), np.float32), [])
         if slot in self.slots:
             held = self.slots[slot]
             scratch = StateSlot(held.keys[: len(held.counts)].copy(), list(held.counts))
-        visits = [scratch.visit(key, self.threshold, self.capacity) for key in np.float32(keys)]
-        return [1 / n for n in visits]
+        return [scratch.visit(key, self.threshold, self.capacity) for key in np.float32(keys)]
 
     def add(self, keys, slot):
         """Store visits to the states `keys` [t, d], one after another."""

@@ -13,8 +13,10 @@ without tips is built by leaving the tips out: nothing is ever searched for or s
 # ruff: noqa: E402
 import hashlib
 import logging
+import os
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 # Said to every user without a GPU, and nothing that a user could act on.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it
@@ -27,7 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from engine import weights
 from engine.cache import DialogueCache
 from engine.decode import CudaGraphs, FusedAdapter, decode
+from engine.errors import first_line
+from engine.hardware import find_place
 
+ROOT = Path(__file__).parent
 END_OF_TURN = "<|im_end|>"
 END_OF_THOUGHT = "</think>"
 HEAD_CHUNK = 256  # action tokens whose [vocab] logits exist at the same time
@@ -95,7 +100,7 @@ class Policy:
             options = {"use_reentrant": False}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         policy = cls(model, tokenizer, checksum)
-        check_attention(policy)
+        weights.check_attention(policy)
         if decode_graph:
             policy.record = CudaGraphs()
         return policy
@@ -216,8 +221,7 @@ class Policy:
 
             def head(states, target):
                 logp = (self.logits(states) / temperature).log_softmax(-1)
-                with torch.no_grad():
-                    entropy = -(logp.exp() * logp).sum(-1)
+                entropy = -(logp.exp() * logp).sum(-1)
                 return logp.gather(1, target[:, None])[:, 0], entropy
 
             logps = []
@@ -308,7 +312,7 @@ def chat_format(policy):
         except Exception as error:  # a damaged template raises whatever its code leads to
             raise ValueError(
                 f"{name}: the tokenizer has no chat template that works "
-                f"({weights.first_line(error)}); use an instruction-tuned Qwen2/2.5/3"
+                f"({first_line(error)}); use an instruction-tuned Qwen2/2.5/3"
             ) from error
 
     def ours(drops_thoughts):
@@ -339,66 +343,40 @@ def chat_format(policy):
     )
 
 
-def check_attention(policy):
-    """Sampling must give the log-probs of the model's own forward pass. Raises ValueError.
+def load_policy(s, adapter=None):
+    """The policy of the settings. Raises ValueError if it cannot hold --context.
 
-    Each token is to see all that came before it, and `lm_head`'s product is to be the logits. A
-    model with sliding windows, linear attention or scaled logits would be computed wrongly,
-    without a word. Two sums of the same numbers differ by rounding: 2^-8 a layer's addition in
-    bf16, 2^-14 in fp32 (of 2^10 products); with two additions a layer that is √(2 layers) as much,
-    of logits as large as they spread. Twice that is allowed, in the mean.
+    adapter: a folder with that of a run, whose base model may have moved since.
     """
-    config = policy.model.config
-    name = config.name_or_path
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if getattr(config, "sliding_window", None):
-        kinds.add("a sliding window")
-    if kinds:
-        raise ValueError(
-            f"{name}: has layers that do not attend to all tokens ({', '.join(sorted(kinds))}); "
-            "choose a model with full attention, such as Qwen2.5 or Qwen3"
-        )
-    positions = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if positions in ("dynamic", "longrope"):
-        raise ValueError(
-            f"{name}: its positions change with the length ({positions}), so keys cannot be kept; "
-            "choose a model such as Qwen2.5 or Qwen3"
-        )
+    name = s.model
+    if name == "standin":
+        name = str(ROOT / "standin" / Path(s.env).stem)
+        if not os.path.isdir(name):
+            raise ValueError(f"there is no stand-in for {s.env}; give a --model")
+    elif name.startswith("smollm2"):
+        from standin import smollm2  # it needs this module
+
+        name = smollm2.folder(name)
     try:
-        gap, spread = sampler_gap(policy)
-    except (ArithmeticError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # an unknown architecture raises whatever its code leads to
-        raise ValueError(
-            f"{name}: cannot be sampled here ({weights.first_line(error)}); choose a model with "
-            "full attention, such as Qwen2.5 or Qwen3"
-        ) from error
-    rounding = 2**-8 if policy.in_bf16() else 2**-14
-    allowed = 2 * rounding * (2 * config.num_hidden_layers) ** 0.5 * spread
-    if not gap <= allowed:
-        raise ValueError(
-            f"{name}: what is sampled differs from the model's own log-probs by {gap:.2g} nats in "
-            f"the mean ({allowed:.2g} is rounding): its attention or its logits are not those of "
-            "Qwen2.5 or Qwen3; choose such a model"
+        policy = Policy.load(
+            name,
+            adapter=adapter,
+            device=find_place().device,
+            dtype=s.dtype or "float32",
+            load_in_4bit=s.load_in_4bit,
+            gradient_checkpointing=s.gradient_checkpointing,
+            decode_graph=s.decode_graph,
+            lora_r=s.lora_r,
+            lora_alpha=s.lora_alpha,
+            seed=s.seed,
         )
-
-
-@torch.no_grad()
-def sampler_gap(policy):
-    """(mean difference in nats, standard deviation of the logits) over a made-up dialogue."""
-    rng = np.random.default_rng(0)
-    dialogue = policy.message("system", "Be brief.")
-    gaps = []
-    for tips in ([], policy.message("user", "Tips: go on."), []):
-        dialogue = dialogue + policy.message("user", "A room. You see a door.")
-        prompt = dialogue + tips + policy.header
-        (action,), (logps,) = policy.sample([prompt], rng.random((1, 4)), 1.0, [0])
-        ids = torch.tensor([prompt + action], device=policy.device)
-        with policy.autocast():
-            logits = policy.model(ids, use_cache=False, logits_to_keep=len(action) + 1).logits
-        logits = logits[0, :-1].float()  # [n, vocab]
-        own = logits.log_softmax(-1).gather(1, ids[0, -len(action) :, None])[:, 0]
-        gaps += np.abs(np.subtract(own.tolist(), logps)).tolist()
-        dialogue = dialogue + policy.past(action)
-    policy.forget()
-    return np.mean(gaps), logits.std().item()
+    except ValueError as error:
+        if adapter and str(error).startswith((name, str(adapter))):
+            raise ValueError(
+                f"{error}; if the model has moved, give its new place with --model"
+            ) from error
+        raise
+    most = policy.max_positions
+    if s.context > most:
+        raise ValueError(f"{s.model} has {most} positions; lower --context ({s.context})")
+    return policy

@@ -1,7 +1,7 @@
 """Explore (§4.1): roll out in two modes, write tips, give intrinsic rewards.
 
-A number in (n) is that of the choice at the top of empo2.py. This file is handed the policy, the
-environments and the memory, and imports none of them.
+A number in [n] is that of the choice at the top of empo2.py. This file is handed the policy, the
+environments, the memory and the algorithm (`empo2.Algorithm`), and imports none of them.
 """
 
 from collections.abc import Iterator
@@ -31,9 +31,11 @@ class Turn:
 
     observation: str  # o_t
     observation_ids: list[int]  # the user message with o_t
-    tips: list[str] = field(default_factory=list)  # as shown
-    tip_ids: list[int] = field(default_factory=list)  # their message; empty = mode (1)
-    tips_left_out: int = 0  # retrieved, but the context had no room
+    retrieved: list[str] = field(default_factory=list)  # tips, as many as the context has room for
+    retrieved_ids: list[int] = field(default_factory=list)  # their message
+    shown: list[str] = field(default_factory=list)  # the tips that the sampled prompt had
+    shown_ids: list[int] = field(default_factory=list)  # their message; empty = without memory
+    tips_left_out: int = 0  # the context had no room for them
     action_ids: list[int] = field(default_factory=list)  # as sampled, with the end of turn
     logps: list[float] = field(default_factory=list)  # of the sampler, under the prompt it had
     written: str = ""  # the action's text, with its reasoning
@@ -41,11 +43,12 @@ class Turn:
     action_cut: bool = False  # the token limit came before the end of turn
     past_ids: list[int] = field(default_factory=list)  # what later prompts hold of it; no tips
     next_observation: str = ""  # o_{t+1}
-    anchor: str = ""  # names the state that the action was taken in, if `step_weight` asks for it
+    anchor: str = ""  # names the state that the action was taken in, if the algorithm needs it
     reward: float = 0.0  # r_t: difference of scores, so rewards add up to the final score
     novelty: float = 0.0  # r_int,t = 1/n of the state that the action led to, in (0, 1]
-    offpolicy: bool = False  # update mode of a memory turn: True = (b) without tips
-    advantage: float = 0.0  # set by `update`
+    offpolicy: bool = False  # update mode of a memory turn: True = off-policy, without tips
+    pair: object = None  # set by `update`: an empo2.Pair, what is learnt
+    advantage: float = 0.0  # set by `update`: the mean over its tokens
 
 
 @dataclass
@@ -53,8 +56,8 @@ class Episode:
     """A dialogue between environment and policy."""
 
     job: Job
-    rng: np.random.Generator  # all that is drawn for this episode, whoever plays beside it
-    lane: int  # which environment it plays in, and which dialogue of the key-value cache it is
+    rng: np.random.Generator  # its own, so results do not depend on parallel episodes
+    lane: int  # index of its environment, and of its dialogue in the key-value cache
     task_text: str  # u
     system_ids: list[int]  # the system message: task, formats, hints
     header_ids: list[int]  # opens every action
@@ -65,22 +68,19 @@ class Episode:
     tip: str = ""  # the policy's own summary of the episode
     tip_cut: bool = False  # it was longer than may be
 
-    def prompt(self, t, with_tips):
-        """Ids that action t is conditioned on: what went before, and the tips of turn t.
+    def prompt(self, t, tip_ids=()):
+        """Ids that action t is conditioned on: what went before, and a message of tips.
 
-        >>> first = Turn("", [11], tip_ids=[91], past_ids=[11, 5, 21])
-        >>> turns = [first, Turn("", [12], tip_ids=[92])]
+        >>> first = Turn("", [11], shown_ids=[91], past_ids=[11, 5, 21])
+        >>> turns = [first, Turn("", [12])]
         >>> e = Episode(None, None, 0, "", system_ids=[1], header_ids=[5], turns=turns)
-        >>> e.prompt(1, False), e.prompt(1, True)  # (9) the tips of turn 0 are in neither
+        >>> e.prompt(1), e.prompt(1, [92])  # [9] the tips of turn 0 are in neither
         ([1, 11, 5, 21, 12, 5], [1, 11, 5, 21, 12, 92, 5])
         """
         ids = list(self.system_ids)
         for turn in self.turns[:t][-self.history :]:  # -0: all of them
             ids += turn.past_ids
-        ids += self.turns[t].observation_ids
-        if with_tips:
-            ids += self.turns[t].tip_ids
-        return ids + self.header_ids
+        return [*ids, *self.turns[t].observation_ids, *tip_ids, *self.header_ids]
 
 
 # --- Rolling out (§4.1) ---------------------------------------------------------------------------
@@ -100,14 +100,14 @@ def no_progress(phase, text=""):
 
 
 def memory_slot(job, scope):
-    """(7) Name of the memory that an episode uses."""
+    """Name of the memory that an episode uses. [7]"""
     if scope == "variation":
         return f"{job.task}/{job.variation}"
     return job.task if scope == "task" else "all"
 
 
 def memory_text(episode, observation, key):
-    """(6) What a state is stored under and looked up by."""
+    """What a state is stored under and looked up by. [6]"""
     return f"{episode.task_text}\n{observation}" if key == "state" else episode.task_text
 
 
@@ -122,7 +122,7 @@ class Playing:
 
 
 def rollout(
-    policy, envs, jobs, memory, embed, s, rng, env_fault, progress=no_progress
+    policy, envs, jobs, memory, embed, algorithm, rng, env_fault, progress=no_progress
 ) -> Iterator[list[Episode]]:
     """Play an episode per job, `len(envs)` side by side; yield each such wave, in the jobs' order.
 
@@ -132,7 +132,8 @@ def rollout(
     env_fault: the exception of a simulator that died; its episode is left out.
     Raises RuntimeError when a simulator cannot be started five times in a row.
     """
-    batch_mode = rng.random() < s.memory_prob  # (1)
+    s = algorithm.s
+    batch_mode = algorithm.memory_mode(rng)  # [1]
     rngs = processes.share(rng.spawn(len(jobs)))
     jobs = processes.share(jobs)
     policy.forget()  # keys and values of other weights
@@ -148,15 +149,15 @@ def rollout(
             playing = begin(policy, env, job, own_rng, len(live), opening, s.history)
             playing.memory_mode = batch_mode
             if s.mode_level == "episode":
-                playing.memory_mode = own_rng.random() < s.memory_prob
+                playing.memory_mode = algorithm.memory_mode(own_rng)
             live.append(playing)
         wave = [playing.episode for playing in live]
         while live:
             progress("rollout", f"turn {len(live[0].episode.turns) + 1}")
-            open_turns(policy, live, memory, embed, s)
+            open_turns(policy, live, memory, embed, algorithm)
             live = [playing for playing in live if not playing.episode.ended]
             sample_actions(policy, live, s)
-            act(policy, live, env_fault, s.step_weight > 0)
+            act(policy, live, env_fault, algorithm.needs_anchors)
             live = [playing for playing in live if not playing.episode.ended]
         yield [episode for episode in wave if episode.ended != LOST]
 
@@ -206,12 +207,13 @@ def begin(policy, env, job, rng, lane, opening, history=0):
     return Playing(episode, env, observation, False)
 
 
-def open_turns(policy, live, memory, embed, s):
-    """Draw the mode of each next turn, and retrieve tips for those with memory."""
+def open_turns(policy, live, memory, embed, algorithm):
+    """Draw the rollout mode of each next turn, and retrieve tips for those with memory."""
+    s = algorithm.s
     asking = []
     for playing in live:
-        if s.mode_level == "turn":  # (1)
-            playing.memory_mode = playing.episode.rng.random() < s.memory_prob
+        if s.mode_level == "turn":  # [1]
+            playing.memory_mode = algorithm.memory_mode(playing.episode.rng)
         if playing.memory_mode:
             asking.append(playing)
     keys = []
@@ -222,18 +224,19 @@ def open_turns(policy, live, memory, embed, s):
         episode = playing.episode
         retrieved[episode.lane] = memory.retrieve(key, memory_slot(episode.job, s.memory_scope))
     for playing in live:
-        open_turn(policy, playing, retrieved.get(playing.episode.lane, []), s)
+        open_turn(policy, playing, retrieved.get(playing.episode.lane, []), algorithm)
 
 
-def open_turn(policy, playing, tips, s):
+def open_turn(policy, playing, tips, algorithm):
     """Add the next turn, with as many of the tips as the context has room for; or end the episode.
 
     Raises ValueError if there is no room for even the first turn.
     """
+    s = algorithm.s
     episode = playing.episode
     turn = Turn(playing.observation, policy.message("user", playing.observation))
     episode.turns.append(turn)
-    room = s.context - s.action_tokens - len(episode.prompt(-1, with_tips=False))
+    room = s.context - s.action_tokens - len(episode.prompt(-1))
     if room < 0:
         episode.turns.pop()
         if not episode.turns:
@@ -243,23 +246,26 @@ def open_turn(policy, playing, tips, s):
             )
         episode.ended = "context full"
         return
-    turn.tips = tips
-    while turn.tips and len(tips_message(policy, turn.tips)) > room:
-        turn.tips = turn.tips[:-1]  # the lowest-ranked give way
-    turn.tips_left_out = len(tips) - len(turn.tips)
-    if turn.tips:
-        turn.tip_ids = tips_message(policy, turn.tips)
+    turn.retrieved = list(tips)
+    while len(tips_message(policy, turn.retrieved)) > room:
+        turn.retrieved.pop()  # the lowest-ranked give way
+    turn.tips_left_out = len(tips) - len(turn.retrieved)
+    turn.retrieved_ids = tips_message(policy, turn.retrieved)
+    turn.shown = algorithm.shown_tips(turn.retrieved)
+    turn.shown_ids = tips_message(policy, turn.shown)
 
 
 def tips_message(policy, tips):
-    """Ids of the message that shows the tips."""
+    """Ids of the message that shows the tips; none without any."""
+    if not tips:
+        return []
     return policy.message("user", TIPS_TEXT.format("\n".join(f"- {tip}" for tip in tips)))
 
 
 def sample_actions(policy, live, s):
     """Sample the action of each open turn."""
     episodes = [playing.episode for playing in live]
-    prompts = [episode.prompt(-1, with_tips=True) for episode in episodes]
+    prompts = [episode.prompt(-1, episode.turns[-1].shown_ids) for episode in episodes]
     actions, logps = sample(policy, episodes, prompts, s.action_tokens, s.temperature)
     for episode, action_ids, action_logps in zip(episodes, actions, logps, strict=True):
         turn = episode.turns[-1]
@@ -318,7 +324,7 @@ def past(policy, turn, history=0):
 
 # --- Tips and intrinsic reward (§4.1) -------------------------------------------------------------
 def write_tips(policy, episodes, s, progress=no_progress):
-    """The same policy sums each whole episode up in one sentence (8); the dialogue is tip-free.
+    """The same policy sums each whole episode up in one sentence [8]; the dialogue is tip-free.
 
     At most 99 words are kept. The text is not trained on.
     """
@@ -341,60 +347,58 @@ def tip_prompt(policy, episode, context):
     request = TIP_REQUEST.format(score=episode.score)
     turns = episode.turns
     last = turns[-1].next_observation if turns else ""
-    observation = last
-    kept = max(1, episode.history)
-    first = 0  # of the turns that are shown
-
-    while True:
-        dialogue = [token for turn in turns[first:] for token in turn.past_ids]
+    most = min(len(turns), max(1, episode.history))
+    ways = [(kept, last) for kept in range(len(turns), most, -1)]  # turns, last observation
+    for kept in range(most, -1, -1):
+        observation = last
+        while observation:
+            ways.append((kept, observation))
+            observation = observation.removesuffix(CUT)
+            observation = observation[: len(observation) // 2]
+            observation += CUT if observation else ""
+        ways.append((kept, ""))
+    for kept, observation in ways:
+        dialogue = [token for turn in turns[len(turns) - kept :] for token in turn.past_ids]
         message = policy.message("user", f"{observation}\n\n{request}")
         prompt = episode.system_ids + dialogue + message + policy.header
         if len(prompt) <= context:
             return prompt
-        if len(turns) - first > kept:
-            first += 1
-        elif observation:
-            observation = observation.removesuffix(CUT)
-            observation = observation[: len(observation) // 2]
-            observation += CUT if observation else ""
-        elif kept:
-            kept -= 1
-            observation = last
-        else:
-            raise ValueError(
-                f"--context has no room to ask for a tip after {episode.job.task} "
-                f"({len(prompt) - context} tokens short); raise it, or lower --tip-tokens"
-            )
+    raise ValueError(
+        f"--context has no room to ask for a tip after {episode.job.task} "
+        f"({len(prompt) - context} tokens short); raise it, or lower --tip-tokens"
+    )
 
 
-def store_tips(episodes, memory, embed, s):
-    """Add the tips to M, once all episodes of the iteration are over (Alg. 1), but no empty one.
+def store_tips(episodes, memory, embed, algorithm):
+    """Add the admitted tips to M, once all episodes of the iteration are over (Alg. 1).
 
-    Those that the episodes were shown are judged by what came of it (5).
+    Those that the episodes were shown are judged by what came of it [5].
     """
+    s = algorithm.s
     for episode in episodes:
-        shown = {tip for turn in episode.turns for tip in turn.tips}
+        shown = {tip for turn in episode.turns for tip in turn.shown}
         memory.judge(shown, episode.score, memory_slot(episode.job, s.memory_scope))
-    writers = [episode for episode in episodes if episode.tip]
+    writers = algorithm.admitted([episode for episode in episodes if episode.tip])
     keys = embed([memory_text(e, e.turns[-1].next_observation, s.memory_key) for e in writers])
     for episode, key in zip(writers, keys, strict=True):
         slot = memory_slot(episode.job, s.memory_scope)
         memory.add(key, episode.tip, episode.score, slot)
 
 
-def give_intrinsic_rewards(episodes, novelty, embed, s):
-    """r_int = 1/n of each state (4), for the turn whose action led there; then store the states.
+def give_intrinsic_rewards(episodes, novelty, embed, algorithm):
+    """Give each turn r_int of the state that its action led to [4]; then store the states.
 
-    The first state is met, too, and nobody's merit.
+    The initial state counts as visited but rewards no action.
     """
-    visits = []
+    visited = []
     for episode in episodes:
         states = [episode.turns[0].observation]
         states += [turn.next_observation for turn in episode.turns]
-        visits.append((embed(states), memory_slot(episode.job, s.memory_scope)))
-    for episode, (keys, slot) in zip(episodes, visits, strict=True):
-        rewards = novelty.rewards(keys, slot)
-        for turn, reward in zip(episode.turns, rewards[1:], strict=True):
-            turn.novelty = reward
-    for keys, slot in visits:
+        slot = memory_slot(episode.job, algorithm.s.memory_scope)
+        visited.append((embed(states), slot))
+    for episode, (keys, slot) in zip(episodes, visited, strict=True):
+        counts = novelty.visits(keys, slot)
+        for turn, n in zip(episode.turns, counts[1:], strict=True):
+            turn.novelty = algorithm.intrinsic_reward(n)
+    for keys, slot in visited:
         novelty.add(keys, slot)

@@ -6,15 +6,15 @@ Nothing here needs torch.
 import argparse
 import math
 import os
-import signal
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from transformers import HfArgumentParser
 
-from envs import make, unknown
+from engine.errors import first_line, unknown
+from engine.plugins import find_class
 
 
 def setting(default, text, **options):
@@ -29,23 +29,25 @@ def setting(default, text, **options):
 class Settings:
     """What can be set; the command line is made from it. None = decided by the hardware, and said.
 
-    A number in (n) is that of the choice at the top of empo2.py.
+    A number in [n] is that of the choice at the top of empo2.py.
     """
 
     # What is run
-    preset: str = setting("empo2", "a named set of settings, such as grpo; others given go first")
-    env: str = setting("scienceworld", "environment: scienceworld, house or webshop")
+    config: str | None = setting(None, "YAML file of settings, such as configs/stages.yaml")
+    preset: str = setting(
+        "empo2", "named settings, such as grpo; they override --config, explicit flags both"
+    )
+    algorithm: str = setting(
+        "empo2", "empo2, a file of algorithms/ such as gspo, or path/to/file.py (docs/forks.md)"
+    )
+    env: str = setting("scienceworld", "scienceworld, house, webshop, or path/to/file.py")
     tasks: list[str] = setting([], "names of the tasks to train on [the environment's own choice]")
     variations: int | None = setting(
         None, "training variations of each task [5 on a GPU, 2 without]"
     )
-    iterations: int | None = setting(
-        None, "roll out and update so often [200 on a GPU, 10 without]"
-    )
+    iterations: int | None = setting(None, "number of iterations [200 on a GPU, 10 without]")
     step_limit: int | None = setting(None, "actions per episode [the environment's, by task]")
-    shots: int = setting(0, "(11) solved development variations shown in the prompt")
-    action_correction: bool = setting(False, "(10) replace an invalid action by the closest valid")
-    env_options: list[str] = setting([], "further options of the environment, as name=value")
+    env_options: list[str] = setting([], "options of the environment, as name=value")
     # Policy
     model: str | None = setting(
         None, "hub id, folder, standin or smollm2 [Qwen/Qwen2.5-7B-Instruct on a GPU, standin]"
@@ -79,25 +81,25 @@ class Settings:
     )
     memory_prob: float = setting(0.25, "p: probability of prompting with tips; 0 = no memory")
     mode_level: Literal["turn", "episode", "batch"] = setting(
-        "turn", "(1) modes are drawn once per"
+        "turn", "[1] granularity of the mode draws"
     )
     # Memory (§4.1)
     embedder: str = setting("hashing", "hashing, or sentence-transformers/all-MiniLM-L6-v2 (paper)")
     max_tips: int = setting(10, "most tips retrieved at a turn")
     tip_threshold: float = setting(0.5, "least cosine similarity of a retrieved tip")
-    tip_rank: Literal["score", "similarity"] = setting("score", "(5) which similar tips are shown")
-    memory_key: Literal["state", "task"] = setting("state", "(6) tips are looked up by")
-    memory_scope: Literal["variation", "task", "all"] = setting("variation", "(7) one memory per")
-    memory_capacity: int = setting(1000, "(7) tips per memory, the oldest are dropped")
+    tip_rank: Literal["score", "similarity"] = setting("score", "[5] which similar tips are shown")
+    memory_key: Literal["state", "task"] = setting("state", "[6] tips are looked up by")
+    memory_scope: Literal["variation", "task", "all"] = setting("variation", "[7] one memory per")
+    memory_capacity: int = setting(1000, "[7] tips per memory, the oldest are dropped")
     novelty_threshold: float = setting(
-        0.5, "(4) cosine similarity of states that count as the same"
+        0.5, "[4] cosine similarity of states that count as the same"
     )
-    intrinsic_coef: float = setting(1.0, "(4) points of return per unit of intrinsic reward")
+    intrinsic_coef: float = setting(1.0, "[4] points of return per unit of intrinsic reward")
     # Update (§4.2)
     offpolicy_prob: float = setting(
         2 / 3, "q: probability that a memory turn is updated off-policy"
     )
-    denominator: Literal["no-tips", "tips"] = setting("no-tips", "(2) prompt of π_old, off-policy")
+    denominator: Literal["no-tips", "tips"] = setting("no-tips", "[2] prompt of π_old, off-policy")
     learning_rate: float | None = setting(None, "of AdamW, constant [1e-5 on a GPU, 1e-3 without]")
     minibatch_episodes: int = setting(16, "episodes per optimiser step")
     micro_tokens: int | None = setting(
@@ -109,17 +111,11 @@ class Settings:
     clip_low: float = setting(0.2, "ratio clip 1 - clip_low")
     clip_high: float = setting(0.3, "ratio clip 1 + clip_high")
     clip_c: float = setting(10.0, "dual clip: for A < 0 the term is at least clip_c * A")
-    min_prob: float = setting(math.exp(-5), "delta: (3) less likely tokens are masked; 0 = no mask")
+    min_prob: float = setting(math.exp(-5), "delta: [3] less likely tokens are masked; 0 = no mask")
     beta: float = setting(0.0, "weight of KL(pi_theta || pi_ref)")
     advantage_eps: float = setting(1e-6, "added to the standard deviation of returns")
     fixed_std: float = setting(0.0, "points to divide by instead, in every group; 0 = none")
     max_grad_norm: float = setting(1.0, "gradient clip")
-    # Credit per step (algorithms/gigpo.py)
-    step_weight: float = setting(0.0, "omega: weight of step-level advantages; 0 = none")
-    discount: float = setting(0.95, "gamma of the step-level returns")
-    invalid_penalty: float = setting(
-        0.0, "points off the step-level return of an action that is not understood"
-    )
     # Tip-free evaluation during training (§5)
     eval_every: int | None = setting(None, "iterations between; 0 = never [0; no GPU: at the ends]")
     eval_variations: int | None = setting(None, "test variations of each task [20; no GPU: 4]")
@@ -129,7 +125,6 @@ class Settings:
     run_dir: str | None = setting(None, "where results go [runs/ENV-TASK-SEED]; a new one")
     resume: bool = setting(False, "continue the run in run_dir from its last checkpoint")
     save_every: int = setting(1, "iterations between checkpoints")
-    keep_checkpoints: int = setting(2, "how many of the newest to keep, beside the best evaluated")
     report_to: str | None = setting(None, "tensorboard or wandb (which you install)")
     seed: int = setting(0, "seed of everything that is drawn")
 
@@ -148,7 +143,7 @@ class Settings:
 
 RANGES = (
     (
-        "memory_prob offpolicy_prob min_prob tip_threshold novelty_threshold discount",
+        "memory_prob offpolicy_prob min_prob tip_threshold novelty_threshold",
         lambda value: 0 <= value <= 1,
         "lie between 0 and 1",
     ),
@@ -156,13 +151,13 @@ RANGES = (
         "variations iterations step_limit lora_r lora_alpha group_size tasks_per_iteration"
         " rollout_batch temperature action_tokens tip_tokens context max_tips memory_capacity"
         " minibatch_episodes micro_tokens clip_c max_grad_norm eval_variations eval_episodes"
-        " save_every keep_checkpoints",
+        " save_every",
         lambda value: value > 0,
         "be positive",
     ),
     (
-        "shots history intrinsic_coef learning_rate clip_low clip_high beta advantage_eps fixed_std"
-        " step_weight invalid_penalty eval_every eval_temperature seed",
+        "history intrinsic_coef learning_rate clip_low clip_high beta advantage_eps fixed_std"
+        " eval_every eval_temperature seed",
         lambda value: value >= 0,
         "not be negative",
     ),
@@ -184,24 +179,19 @@ PRESETS = {
     "empo2": {},
     # Baselines
     "grpo": GRPO,
-    "gigpo": GRPO | {"step_weight": 1.0, "fixed_std": 10.0},
-    "gigpo-std": GRPO | {"step_weight": 1.0},
+    "gigpo": GRPO | {"algorithm": "gigpo", "fixed_std": 10.0},
+    "gigpo-std": GRPO | {"algorithm": "gigpo"},
     "reflexion": {"memory_prob": 1.0, "learning_rate": 0.0, "intrinsic_coef": 0.0},
     # Not in the paper: its exploration with GiGPO's credit
-    "empo2-gigpo": {"step_weight": 1.0},
+    "empo2-gigpo": {"algorithm": "gigpo"},
     # Ablations
     "no-offpolicy": {"offpolicy_prob": 0.0},
     "no-onpolicy-tips": {"offpolicy_prob": 1.0},
     "no-intrinsic": {"intrinsic_coef": 0.0},
-    "intrinsic-half": {"intrinsic_coef": 0.5},
-    "intrinsic-double": {"intrinsic_coef": 2.0},
     "no-mask": {"min_prob": 0.0},
-    "mode-turn": {"mode_level": "turn"},  # (1) the default, but not in every experiment
-    "mode-episode": {"mode_level": "episode"},
+    "mode-turn": {"mode_level": "turn"},  # [1] the default, but not in every experiment
     "mode-batch": {"mode_level": "batch"},
-    "denominator-tips": {"denominator": "tips"},  # (2)
-    **{f"p-{p}": {"memory_prob": p} for p in (0.1, 0.4, 0.7)},
-    **{f"q-{q}": {"offpolicy_prob": q} for q in (0.3, 0.5, 0.85, 0.95)},
+    "denominator-tips": {"denominator": "tips"},  # [2]
 }
 
 
@@ -221,29 +211,77 @@ class Parser(HfArgumentParser):
 
 
 def parse(argv, description=None):
-    """(settings, lines about the preset). A setting given goes before the preset's.
+    """(settings, lines about the preset). Explicit flags override the preset, that the --config.
 
     Raises ValueError with one line for bad input.
     """
     argv = with_home(argv)
-    parser = Parser(
-        Settings, description=description, allow_abbrev=False, formatter_class=HelpFormatter
-    )
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "preset", "algorithm"):  # these decide what there is to be set
+        first.add_argument(f"--{name}", nargs="?")
+    named, _ = first.parse_known_args(argv)
+    words = []
+    if named.config:
+        words = config_words(named.config)
+        first.parse_known_args([*words, *argv], named)
+    preset = named.preset or of_algorithm(named.algorithm or "empo2")[1]
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    chosen = {"preset": preset}
+    notes = []
+    for name, value in PRESETS[preset].items():
+        if name not in given(argv):
+            chosen[name] = value
+            notes.append(f"preset {preset}: {name} = {value}")
+    algorithm = chosen.get("algorithm") or named.algorithm or "empo2"
+    cls, _ = of_algorithm(algorithm)
+    if algorithm.endswith(".py"):
+        chosen["algorithm"] = str(Path(algorithm).resolve())  # a resume may be started elsewhere
+    parser = Parser(cls, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
     for action in parser._actions:  # one spelling is shown, both are understood
         action.option_strings = [flag for flag in action.option_strings if "_" not in flag]
     s, rest = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
+        [*words, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
         flags = [flag for flag in parser._option_string_actions if "_" not in flag]
         raise unknown("setting", rest[0], flags)
-    chosen = {}
-    notes = []
-    for name, value in PRESETS[s.preset].items():
-        if name not in given(argv):
-            chosen[name] = value
-            notes.append(f"preset {s.preset}: {name} = {value}")
+    if s.env.endswith(".py"):
+        chosen["env"] = str(Path(s.env).resolve())
     return replace(s, **chosen), notes
+
+
+def algorithm_class(name):
+    """`empo2.Algorithm` or its subclass, by the name or path that --algorithm takes."""
+    from empo2 import Algorithm  # it needs torch, which takes seconds to load
+
+    if name == "empo2":
+        return Algorithm
+    return find_class(name, Algorithm, "algorithms")
+
+
+def of_algorithm(name):
+    """(the class of its settings, its preset); nothing slow is imported for EMPO² itself."""
+    if name == "empo2":
+        return Settings, "empo2"
+    algorithm = algorithm_class(name)
+    return algorithm.Settings, algorithm.preset
+
+
+def config_words(path):
+    """The settings in a YAML file, as words of a command line. Raises ValueError."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        pairs = list(content.items())
+    except (OSError, yaml.YAMLError, AttributeError, UnicodeError) as error:
+        raise ValueError(
+            f"--config {path}: is no YAML file of settings ({first_line(error)})"
+        ) from error
+    words = []
+    for name, value in pairs:
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
 
 
 def with_home(argv):
@@ -256,32 +294,3 @@ def given(argv):
     """Names of the settings that a command line gives."""
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
-
-
-def handle(signals, handler):
-    """Set the handler of signals, but not of those that are ignored: nohup wants them ignored."""
-    for signum in signals:
-        if signal.getsignal(signum) != signal.SIG_IGN:
-            signal.signal(signum, handler)
-
-
-def quit_at_once(signum, frame):
-    """Nothing has begun that would have to be ended in order."""
-    print("\nstopped before anything was saved", file=sys.stderr)
-    os._exit(130)
-
-
-def refuse(argv, description):
-    """End the program with one line if the command line is wrong; from here on also on Ctrl-C."""
-    handle([signal.SIGINT], quit_at_once)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
-    try:
-        s, _ = parse(argv, description)
-        known = make(s.env).tasks()
-        for task in s.tasks:
-            if task not in known:
-                raise unknown("task", task, known)
-    except (ValueError, RuntimeError) as error:
-        if os.environ.get("RANK", "0") == "0":  # one of several processes says it
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -7,147 +7,82 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRES
   episodes.jsonl    every episode, readable: observations, tips, actions, modes, rewards, its tip
   checkpoint-N/     the state at the top of iteration N: the LoRA adapter (loads with peft),
                     optimizer.pt, tips.npz, novelty.npz, state.json
-  nonfinite-N/      if iteration N met a gradient that is not finite: what reproduces it
   wandb-id, wandb/  with --report-to wandb: the id of its run there, and what wandb keeps
 
   python train.py --env scienceworld --tasks find-plant find-animal --iterations 100
   python train.py --env scienceworld --preset grpo --eval-every 10
   python train.py --env house --env-options rooms=2
+  python train.py --env scienceworld --algorithm my_idea.py  # docs/forks.md
+  python train.py --config configs/stages.yaml
   python train.py --resume --run-dir runs/scienceworld-power-component-0
   accelerate launch --num_processes 2 train.py --env scienceworld  # on two GPUs: docs/runs.md
 
 On --resume --iterations may grow, and --rollout-batch, --micro-tokens, --dtype, --load-in-4bit,
---gradient-checkpointing, --decode-graph, --save-every, --keep-checkpoints and --report-to may
-change. --model may name another place of the same model; its weights are compared.
+--gradient-checkpointing, --decode-graph, --save-every and --report-to may change. --model may name
+another place of the same model; its weights are compared. --algorithm (or --env) with the file that
+the run has goes on with it as it is now, if it was changed.
 """
 
-import os
 import sys
 
-import settings
+import envs
+from engine import command
 
-if __name__ == "__main__":  # a typo is said before what takes seconds to load
-    settings.refuse(sys.argv[1:], __doc__)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a lost process is a page of C++
+if __name__ == "__main__":  # report typos before slow imports
+    command.refuse(sys.argv[1:], __doc__, envs.make)
 
 import dataclasses
-import shlex
-import signal
+import itertools
 import time
-import traceback
-import uuid
-from contextlib import ExitStack, suppress
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
-from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 import empo2
 import eval as evaluation
 import memory
 import rollout
-from algorithms import gigpo
+import settings
 from engine import hardware, logs, processes, runs
-from envs import EnvFault, unknown
+from policy import Policy, load_policy
 
 
-def iterate(iteration, learner, envs, pool, embed, s, clock):
+@dataclasses.dataclass
+class Learner:
+    """All that learns or remembers: what a checkpoint holds."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    tip_memory: memory.TipMemory
+    novelty: memory.NoveltyStore
+    episodes: int = 0  # played in training so far
+    seconds: float = 0.0  # of training so far
+    best: tuple = (None, None)  # score and iteration of the best evaluation, the later of equals
+
+
+def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
     """One iteration of Algorithm 1 -> (episodes, metrics)."""
+    s = algorithm.s
+    algorithm.iteration = iteration
     # Each iteration has its own seed: a resumed run draws what the other would have drawn.
     rng = np.random.default_rng([s.seed, iteration, 0])
-    jobs = draw_jobs(pool, s, rng)
-    episodes = explore(learner, envs, jobs, embed, s, rng, clock)
-    rollout.give_intrinsic_rewards(episodes, learner.novelty, embed, s)
-    rollout.store_tips(episodes, learner.tip_memory, embed, s)
+    played = []  # jobs
+
+    def play(jobs):
+        played.extend(jobs)
+        return explore(learner, worlds, jobs, embed, algorithm, rng, clock)
+
+    episodes = algorithm.collect(job_drawer(pool, s, rng), play)
+    rollout.give_intrinsic_rewards(episodes, learner.novelty, embed, algorithm)
+    rollout.store_tips(episodes, learner.tip_memory, embed, algorithm)
     metrics = {}
     if s.learning_rate:
-        estimator = gigpo.gigpo_advantages if s.step_weight else empo2.grpo_advantages
-        metrics = empo2.update(
-            learner.policy, learner.optimizer, episodes, s, rng, clock, estimator
-        )
-    if s.step_weight:
-        metrics["shared_states"] = gigpo.shared_states(episodes)
-    return episodes, logs.rollout_metrics(episodes, len(jobs), learner) | metrics
+        metrics = empo2.update(learner.policy, learner.optimizer, episodes, algorithm, rng, clock)
+    metrics |= algorithm.metrics(episodes)
+    return episodes, logs.rollout_metrics(episodes, len(played), learner) | metrics
 
 
-def train(s, run_dir, start=None):
-    """Run the iterations from checkpoint `start` on (None: a new run) -> how many are done."""
-    trackers = make_trackers(s, run_dir)
-    learner = runs.make_learner(s, None if start is None else run_dir / f"checkpoint-{start}")
-    envs, pool, eval_pool = make_envs(learner.policy, s)
-    embed = memory.embedder(s.embedder)
-    again = processes.from_first(runs.was_evaluated, run_dir, start)
-    runs.open_logs(run_dir, start)
-    runs.write_json(run_dir / "settings.json", dataclasses.asdict(s))
-    interrupted = finish_on_interrupt()
-    shown = {"score": None, "best": None, "tips shown": 0}
-    idle = logs.Idle()
-    with tqdm(
-        total=s.iterations,
-        initial=start or 0,
-        dynamic_ncols=True,
-        disable=processes.rank > 0 or None,  # None: where the output is no terminal
-        bar_format="{desc} {n}/{total} [{elapsed}<{remaining}]{postfix}",
-    ) as bar:
-        for iteration in range(start or 0, s.iterations + 1):
-            stopping = bool(processes.gather(interrupted))  # asked once: what stops is saved
-            stop = iteration == s.iterations or stopping
-            due = iteration == s.iterations or (again and iteration == start)
-            due = s.eval_every and (due or iteration % s.eval_every == 0)
-            if iteration % s.save_every == 0 or stop or due:
-                runs.save_checkpoint(run_dir, iteration, learner, s)
-            if due and not stopping:
-                result = log_evaluation(iteration, learner, envs, eval_pool, s, run_dir, bar)
-                trackers.log({"eval_score": result["score"]}, step=iteration)
-                trackers.log({"eval_success": result["success"]}, step=iteration)
-                shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
-                bar.set_postfix(shown)
-            if stop:
-                break
-            clock = logs.Clock(bar)
-            try:
-                episodes, metrics = iterate(iteration, learner, envs, pool, embed, s, clock)
-            except empo2.NotFinite as error:
-                found = (run_dir, iteration, learner.policy, error)
-                error.args = processes.from_first(keep_evidence, *found)
-                raise
-            metrics = {"iteration": iteration, **metrics, **clock.metrics()}
-            learner.episodes += len(episodes)
-            learner.seconds += sum(clock.seconds.values())
-            runs.append(run_dir / "metrics.jsonl", [metrics])
-            transcripts = [logs.transcript(iteration, e, s.intrinsic_coef) for e in episodes]
-            runs.append(run_dir / "episodes.jsonl", transcripts)
-            trackers.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
-            idle(episodes, metrics, s)
-            shown["score"] = f"{metrics['score']:.1f}"
-            shown["best"] = f"{metrics['score_best']:.0f}"
-            shown["tips shown"] = metrics["tips_shown"]
-            bar.update()
-            bar.set_postfix(shown)
-            if bar.disable and processes.rank == 0:
-                print(f"iteration {iteration + 1} of {s.iterations}: {shown}", file=sys.stderr)
-    processes.end()
-    trackers.end_training()
-    return iteration
-
-
-def draw_jobs(pool, s, rng):
-    """B tasks, N episodes of each; every task of the pool once before any comes again."""
-    order = []
-    while len(order) < s.tasks_per_iteration:
-        order += rng.permutation(len(pool)).tolist()
-    jobs = []
-    for group, index in enumerate(order[: s.tasks_per_iteration]):
-        for member in range(s.group_size):
-            jobs.append(rollout.Job(*pool[index], group, member))
-    return jobs
-
-
-def explore(learner, envs, jobs, embed, s, rng, clock):
+def explore(learner, worlds, jobs, embed, algorithm, rng, clock):
     """Roll out, and let tips be written while the keys and values of the dialogues are at hand.
 
     Once, unless simulator faults lose all the episodes.
@@ -156,10 +91,10 @@ def explore(learner, envs, jobs, embed, s, rng, clock):
     for _ in range(5):
         episodes = []
         for wave in rollout.rollout(
-            policy, envs, jobs, learner.tip_memory, embed, s, rng, EnvFault, clock
+            policy, worlds, jobs, learner.tip_memory, embed, algorithm, rng, envs.EnvFault, clock
         ):
-            if s.memory_prob:
-                rollout.write_tips(policy, wave, s, clock)
+            if algorithm.s.memory_prob:
+                rollout.write_tips(policy, wave, algorithm.s, clock)
             episodes += wave
         episodes = rollout.gather(episodes)
         if episodes:
@@ -167,65 +102,79 @@ def explore(learner, envs, jobs, embed, s, rng, clock):
     raise RuntimeError("all episodes were lost to simulator faults five times in a row")
 
 
-# --- Setting up -----------------------------------------------------------------------------------
-def make_envs(policy, s):
-    """(one environment per lane, what is trained on, what is evaluated on).
+def job_drawer(pool, s, rng):
+    """A function: n -> the jobs of n further groups, N = `group_size` episodes of a task each.
 
-    A prompt that is too long for the context shows here, not in the night.
+    Every task of the pool comes once before any comes again.
     """
-    env = runs.make_env(s)
-    pool = runs.task_pool(env, s.tasks, "train", s.variations)
-    eval_pool = []
-    if s.eval_every:
-        eval_pool = runs.task_pool(env, s.tasks, "test", s.eval_variations)
-    for task, variation in pool + eval_pool:
-        job = rollout.Job(task, variation, 0, 0)
-        playing = rollout.begin(policy, env, job, None, 0, rollout.load(env, job, EnvFault))
-        rollout.open_turn(policy, playing, [], s)
-        if s.memory_prob:
-            request_alone = dataclasses.replace(playing.episode, turns=[], score=-100)
-            rollout.tip_prompt(policy, request_alone, s.context - s.tip_tokens)
-    played = processes.share(range(s.tasks_per_iteration * s.group_size))
-    lanes = min(s.rollout_batch, len(played))
-    return [env] + [runs.make_env(s) for _ in range(lanes - 1)], pool, eval_pool
+    order = []
+    numbers = itertools.count()
+
+    def draw(count):
+        jobs = []
+        for group in itertools.islice(numbers, count):
+            if not order:
+                order.extend(rng.permutation(len(pool)).tolist())
+            task, variation = pool[order.pop(0)]
+            jobs += [rollout.Job(task, variation, group, n) for n in range(s.group_size)]
+        return jobs
+
+    return draw
 
 
-def make_trackers(s, run_dir):
-    """accelerate's trackers: none without --report-to."""
-    if s.report_to and s.report_to not in LOGGER_TYPE_TO_CLASS:
-        raise unknown("tracker", s.report_to, LOGGER_TYPE_TO_CLASS)
-    trackers = Accelerator(project_dir=run_dir)
-    trackers.log_with = filter_trackers(s.report_to, run_dir)
-    if s.report_to and not trackers.log_with:
-        raise ValueError(f"--report-to {s.report_to}: not installed; pip install {s.report_to}")
-    config = {}
-    for name, value in vars(s).items():
-        config[name] = value if isinstance(value, (int, float)) else str(value)
-    if processes.rank == 0:
-        options = {"wandb": wandb_run(run_dir)} if s.report_to == "wandb" else {}
-        trackers.init_trackers("empo2", config, options)
-    return trackers
+def train(s, run_dir, start=None):
+    """Run the iterations from checkpoint `start` on (None: a new run) -> how many are done."""
+    trackers = logs.make_trackers(s, run_dir)
+    algorithm = settings.algorithm_class(s.algorithm)(s)
+    learner = make_learner(algorithm, None if start is None else run_dir / f"checkpoint-{start}")
+    worlds, pool, eval_pool = make_envs(learner.policy, algorithm)
+    embed = memory.embedder(s.embedder)
+    again = processes.from_first(runs.was_evaluated, run_dir, start)
+    runs.open_logs(run_dir, start)
+    runs.write_json(run_dir / "settings.json", dataclasses.asdict(s))
+    interrupted = command.finish_on_interrupt()
+    with logs.Display(s, start or 0, trackers) as display:
+        for iteration in range(start or 0, s.iterations + 1):
+            stopping = bool(processes.gather(interrupted))  # asked once: what stops is saved
+            stop = iteration == s.iterations or stopping
+            due = iteration == s.iterations or (again and iteration == start)
+            due = s.eval_every and (due or iteration % s.eval_every == 0)
+            if iteration % s.save_every == 0 or stop or due:
+                runs.save_checkpoint(run_dir, iteration, learner, s)
+            if due and not stopping:
+                result = evaluate(iteration, learner, algorithm, worlds, eval_pool, display)
+                runs.append(run_dir / "evals.jsonl", [result])
+                display.evaluation(result)
+            if stop:
+                break
+            clock = logs.Clock(display.bar)
+            episodes, metrics = iterate(iteration, learner, algorithm, worlds, pool, embed, clock)
+            metrics = {"iteration": iteration, **metrics, **clock.metrics()}
+            learner.episodes += len(episodes)
+            learner.seconds += sum(clock.seconds.values())
+            runs.append(run_dir / "metrics.jsonl", [metrics])
+            transcripts = [
+                logs.transcript(iteration, episode, algorithm.episode_return(episode))
+                for episode in episodes
+            ]
+            runs.append(run_dir / "episodes.jsonl", transcripts)
+            display.iteration(episodes, metrics)
+    processes.end()
+    trackers.end_training()
+    return iteration
 
 
-def wandb_run(run_dir):
-    """Options of `wandb.init`: the run's own id, so that a resume goes on with it; its folder."""
-    path = run_dir / "wandb-id"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex)
-    return {"id": path.read_text(), "resume": "allow", "dir": str(run_dir)}
-
-
-# --- The record -----------------------------------------------------------------------------------
-def log_evaluation(iteration, learner, envs, pool, s, run_dir, bar):
-    """Evaluate tip-free and add a line to evals.jsonl; it has its own seed, also after a resume."""
+def evaluate(iteration, learner, algorithm, worlds, pool, display):
+    """A tip-free evaluation, a line of evals.jsonl; it has its own seed, also after a resume."""
+    s = algorithm.s
     since = time.perf_counter()
     rng = np.random.default_rng([s.seed, iteration, 1])
 
     def progress(phase, text=""):
-        bar.set_description(f"evaluation {text}")
+        display.bar.set_description(f"evaluation {text}")
 
     played = evaluation.evaluate(
-        learner.policy, envs, pool, s.eval_episodes, s, rng, progress=progress
+        learner.policy, worlds, pool, s.eval_episodes, algorithm, rng, progress
     )
     tasks = evaluation.table(played)
     result = {
@@ -238,174 +187,60 @@ def log_evaluation(iteration, learner, envs, pool, s, run_dir, bar):
         "seconds_training": round(learner.seconds, 2),
         "seconds": round(time.perf_counter() - since, 2),
     }
-    runs.append(run_dir / "evals.jsonl", [result])
     if learner.best[0] is None or result["score"] >= learner.best[0]:
         learner.best = (result["score"], iteration)
     return result
 
 
-def keep_evidence(run_dir, iteration, policy, error):
-    """What reproduces a gradient that is not finite: the adapter, and the pairs of the step.
+# --- Setting up -----------------------------------------------------------------------------------
+def make_learner(algorithm, checkpoint=None):
+    """A new learner, or that of a checkpoint folder."""
+    s = algorithm.s
+    policy = load_policy(s, checkpoint)
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, weight_decay=0.0)
+    tip_memory = memory.TipMemory(s.memory_capacity, algorithm.order_tips)
+    learner = Learner(policy, optimizer, tip_memory, memory.NoveltyStore(s.novelty_threshold))
+    if checkpoint:
+        runs.load_checkpoint(checkpoint, learner, s)
+    return learner
 
-    s, _ = runs.read_checkpoint(run_dir / "checkpoint-N")
-    policy = runs.load_policy(s, run_dir / "nonfinite-N")
-    saved = json.loads((run_dir / "nonfinite-N" / "pairs.json").read_text())
-    rows = [empo2.pack([empo2.Pair(**pair)]) for pair in saved]
-    empo2.accumulate_gradient(policy, rows, s, 1)
+
+def make_envs(policy, algorithm):
+    """(an environment per parallel episode, what is trained on, what is evaluated on).
+
+    A prompt that is too long for the context fails at start-up.
     """
-    folder = run_dir / f"nonfinite-{iteration}"
-    error.args = (f"iteration {iteration}: {error}; what reproduces it is in {folder}",)
-    folder.mkdir(exist_ok=True)
-    policy.save(folder)
-    runs.write_json(folder / "pairs.json", [dataclasses.asdict(pair) for pair in error.pairs])
-    return error.args
-
-
-@processes.only_first
-def summarise(s, run_dir):
-    """Say what a finished run leads to: did it learn, where to look, how to go on."""
-    evals = runs.records(run_dir / "evals.jsonl")
-    if evals:
-        before, after = evals[0], evals[-1]
-        print(
-            f"tip-free score {before['score']:.1f} -> {after['score']:.1f}, "
-            f"solved {before['success']:.0%} -> {after['success']:.0%}, "
-            f"after {after['training_episodes']} episodes"
-            + (" (not to be compared with the paper's)" if settings.is_standin(s.model) else "")
-        )
-    print("look at its episodes:", command("experiments/view.py", run_dir))
-    print("go on:", resume_command(run_dir), "--iterations", 2 * s.iterations)
-
-
-# --- Command line ---------------------------------------------------------------------------------
-def command(script, *words):
-    """A command line that works from the working directory."""
-    path = Path(__file__).resolve().parent / script
-    shorter = min(str(path), os.path.relpath(path), key=len)
-    return shlex.join(["python", shorter, *map(str, words)])
-
-
-def resume_command(run_dir):
-    """The command that goes on with a run."""
-    return command("train.py", "--resume", "--run-dir", run_dir)
+    s = algorithm.s
+    env = envs.from_settings(s)
+    pool = envs.task_pool(env, s.tasks, "train", s.variations)
+    eval_pool = []
+    if s.eval_every:
+        eval_pool = envs.task_pool(env, s.tasks, "test", s.eval_variations)
+    for task, variation in pool + eval_pool:
+        job = rollout.Job(task, variation, 0, 0)
+        opening = rollout.load(env, job, envs.EnvFault)
+        playing = rollout.begin(policy, env, job, None, 0, opening)
+        rollout.open_turn(policy, playing, [], algorithm)
+        if s.memory_prob:
+            request_alone = dataclasses.replace(playing.episode, turns=[], score=-100)
+            rollout.tip_prompt(policy, request_alone, s.context - s.tip_tokens)
+    played = processes.share(range(s.tasks_per_iteration * s.group_size))
+    lanes = min(s.rollout_batch, len(played))
+    return [env] + [envs.from_settings(s) for _ in range(lanes - 1)], pool, eval_pool
 
 
 def parse(argv):
     """(settings, what was decided), as `settings.parse`, with what the hardware decides."""
     s, notes = settings.parse(argv, __doc__)
-    s, reasons = hardware.defaults(s)
+    s, reasons = hardware.defaults(s, envs.env_class(s.env).DEFAULT_TASKS)
     if reasons:
         notes += ["decided by the hardware:", *reasons]
     return s, notes
 
 
-def continue_run(run_dir, s, names):
-    """(the run's own settings, its newest checkpoint); `names` are those given on --resume."""
-    saved, start = runs.newest_checkpoint(run_dir)
-    free = {name: getattr(s, name) for name in names & {"iterations", "model", *runs.RESUMABLE}}
-    for name in names - {"resume", "run_dir", *free}:
-        if getattr(s, name) != getattr(saved, name):
-            raise ValueError(
-                f"--resume continues with the run's own settings; {name} cannot change"
-            )
-    if free.get("iterations", start) < start:
-        raise ValueError(
-            f"{run_dir} has {start} iterations already; --iterations can only make it longer"
-        )
-    return dataclasses.replace(saved, resume=True, run_dir=str(run_dir), **free), start
-
-
-def open_run(s, notes, names, held):
-    """Hold the run's directory -> (settings, the checkpoint to go on from or None)."""
-    run_dir = Path(s.run_dir)
-    if s.resume and not run_dir.is_dir():
-        raise ValueError(f"{run_dir} does not exist; nothing to resume")
-    held.enter_context(runs.locked(run_dir))
-    start = None
-    if s.resume:
-        s, start = continue_run(run_dir, s, names)
-    elif runs.checkpoints(run_dir) or runs.records(run_dir / "metrics.jsonl"):
-        raise ValueError(f"{run_dir} exists; --resume continues it, --run-dir takes another")
-    else:
-        print(*notes, sep="\n")
-    episodes = s.tasks_per_iteration * s.group_size
-    if processes.count > episodes:
-        raise ValueError(
-            f"{processes.count} processes, but {episodes} episodes an iteration; lower "
-            "--num_processes, or raise --group-size or --tasks-per-iteration"
-        )
-    return s, start
-
-
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class StopNow(BaseException):
-    """Not KeyboardInterrupt: py4j's handling of that one is broken."""
-
-
-def stop_now(signum, frame):
-    raise StopNow
-
-
-def finish_on_interrupt():
-    """A list that fills on a signal of STOPS: the iteration can finish; a second one stops now."""
-    received = []
-
-    def handler(signum, frame):
-        if received:
-            raise StopNow
-        received.append(signum)
-        if processes.rank == 0:
-            tqdm.write(
-                "Finishing this iteration, then saving. Ctrl-C again stops now and loses it."
-            )
-
-    settings.handle(STOPS, handler)
-    return received
-
-
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    settings.handle(STOPS, stop_now)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    run_dir = None
-    try:
-        processes.start()
-        s, notes = parse(argv)
-        run_dir = Path(s.run_dir)
-        resume = shlex.join(["--resume", "--run-dir", str(run_dir)])
-        processes.watch(f"the same launch with {resume} continues")
-        with ExitStack() as held:
-            s, start = processes.from_first(open_run, s, notes, settings.given(argv), held)
-            done = train(s, run_dir, start)
-        if done < s.iterations:
-            raise StopNow
-        summarise(s, run_dir)
-    except StopNow:
-        if run_dir and run_dir.is_dir() and runs.checkpoints(run_dir):
-            processes.say(f"\nstopped; {resume_command(run_dir)} continues")
-        else:
-            processes.say("\nstopped before anything was saved")
-        return 130
-    except torch.OutOfMemoryError:
-        processes.say(
-            "train.py: out of GPU memory; lower --micro-tokens (update) or --rollout-batch "
-            f"(rollout), or use --load-in-4bit, then: {resume_command(run_dir)}",
-            sys.stderr,
-        )
-        return 1
-    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
-        said = processes.say(f"train.py: {error}", sys.stderr)
-        with suppress(OSError):  # for what nobody foresaw; the disk may be full
-            if said and run_dir and run_dir.exists():
-                (run_dir / "error.log").write_text(traceback.format_exc())
-        return 2
-    finally:
-        settings.handle([signal.SIGINT], signal.default_int_handler)
-        settings.handle([signal.SIGTERM, signal.SIGHUP], signal.SIG_DFL)
-    return 0
+    """Exit code: 0, 1 out of GPU memory, 2 refused, 130 stopped."""
+    return command.run(sys.argv[1:] if argv is None else argv, parse, train)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 import dataclasses
 import math
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-import envs
 
 # A cache that grows leaves gaps too small to use. Drop this when it is torch's default.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before CUDA starts
@@ -37,7 +36,7 @@ def find_place():
     return Place(f"cuda:{number}", properties.name, properties.total_memory / 1e9)
 
 
-def defaults(s):
+def defaults(s, default_tasks):
     """Fill in what was left to the hardware -> (settings, a line of reason per value)."""
     place = find_place()
     where = place.name
@@ -77,10 +76,10 @@ def defaults(s):
             "eval_variations": (4, "a small evaluation"),
             "eval_episodes": (2, "a small evaluation"),
         }
-    tasks = s.tasks or envs.env_class(s.env).DEFAULT_TASKS
-    preset = "" if s.preset == "empo2" else f"-{s.preset}"
-    run_dir = f"runs/{s.env}-{'+'.join(tasks[:3])}{preset}-{s.seed}"
-    choices["run_dir"] = (run_dir, "from environment, tasks, preset and seed")
+    tasks = s.tasks or default_tasks
+    parts = [Path(s.env).stem, "+".join(tasks[:3]), Path(s.algorithm).stem, s.preset, str(s.seed)]
+    run_dir = "runs/" + "-".join(part for part in dict.fromkeys(parts) if part != "empo2")
+    choices["run_dir"] = (run_dir, "from environment, tasks, algorithm, preset and seed")
     chosen = {"tasks": tasks}
     reasons = []
     for setting, (value, why) in choices.items():

@@ -1,27 +1,29 @@
-"""What a run records of an iteration: metrics, transcripts, seconds."""
+"""What a run shows and records of an iteration: progress, metrics, transcripts, trackers."""
 
 import resource
 import sys
 import time
+import uuid
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from tqdm import tqdm
 
-from empo2 import intrinsic_return
 from engine import processes
-from envs import UNKNOWN
+from engine.errors import UNKNOWN, unknown
 
 
 def rollout_metrics(episodes, jobs, learner):
     """What is known after playing so many jobs; docs/metrics.md says what each name means."""
     turns = [turn for episode in episodes for turn in episode.turns]
-    with_tips = [turn for turn in turns if turn.tips]
+    with_tips = [turn for turn in turns if turn.shown]
     scores = [episode.score for episode in episodes]
     with_memory = []
     without_memory = []
     for episode in episodes:
-        shown = any(turn.tips for turn in episode.turns)
+        shown = any(turn.shown for turn in episode.turns)
         group = with_memory if shown else without_memory
         group.append(episode.score)
     return {
@@ -37,7 +39,7 @@ def rollout_metrics(episodes, jobs, learner):
         "turns": len(turns),
         "context_full": sum(episode.ended == "context full" for episode in episodes),
         "memory_turns": len(with_tips),
-        "tips_shown": sum(len(turn.tips) for turn in turns),
+        "tips_shown": sum(len(turn.shown) for turn in turns),
         "tips_left_out": sum(turn.tips_left_out for turn in turns),
         "actions_cut": sum(turn.action_cut for turn in turns),
         "tips_cut": sum(episode.tip_cut for episode in episodes),
@@ -48,14 +50,14 @@ def rollout_metrics(episodes, jobs, learner):
     }
 
 
-def transcript(iteration, episode, intrinsic_coef):
+def transcript(iteration, episode, episode_return):
     """An episode for people."""
     turns = []
     for turn in episode.turns:
         turns.append(
             {
                 "observation": turn.observation,
-                "tips": turn.tips,
+                "tips": turn.shown,
                 "tips_left_out": turn.tips_left_out,
                 "written": turn.written,
                 "action": turn.action,
@@ -65,7 +67,7 @@ def transcript(iteration, episode, intrinsic_coef):
                 "novelty": round(turn.novelty, 4),
                 "advantage": round(turn.advantage, 4),
                 "tokens": len(turn.action_ids),
-                "mode": "memory" if turn.tips else "plain",
+                "mode": "memory" if turn.shown else "plain",
                 "update": "off-policy" if turn.offpolicy else "on-policy",
             }
         )
@@ -73,7 +75,7 @@ def transcript(iteration, episode, intrinsic_coef):
         "iteration": iteration,
         **episode.job._asdict(),
         "score": episode.score,
-        "return": round(intrinsic_return(episode, intrinsic_coef), 4),
+        "return": round(episode_return, 4),
         "ended": episode.ended,
         "tip": episode.tip,
         "tip_cut": episode.tip_cut,
@@ -82,17 +84,52 @@ def transcript(iteration, episode, intrinsic_coef):
     }
 
 
-class Idle:
-    """Called after each iteration; says once why three in a row taught nothing."""
+class Display:
+    """Progress bar and trackers of a run. Says once why three iterations taught nothing."""
 
-    count = 0  # such iterations in a row
+    def __init__(self, s, start, trackers):
+        self.s = s
+        self.trackers = trackers
+        self.shown = {"score": None, "best": None, "tips shown": 0}
+        self.idle = 0  # iterations in a row that taught nothing
+        self.bar = tqdm(
+            total=s.iterations,
+            initial=start,
+            dynamic_ncols=True,
+            disable=processes.rank > 0 or None,  # None: where the output is no terminal
+            bar_format="{desc} {n}/{total} [{elapsed}<{remaining}]{postfix}",
+        )
 
-    def __call__(self, episodes, metrics, s):
-        if self.count == 3:
-            return
-        self.count = self.count + 1 if metrics.get("zero_variance_groups") == 1 else 0
-        if self.count == 3 and processes.rank == 0:
-            tqdm.write(f"3 iterations taught nothing: {why_idle(episodes, s)}", file=sys.stderr)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def evaluation(self, result):
+        """Show a line of evals.jsonl."""
+        for name in ("score", "success"):
+            self.trackers.log({f"eval_{name}": result[name]}, step=result["iteration"])
+        self.shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
+        self.bar.set_postfix(self.shown)
+
+    def iteration(self, episodes, metrics):
+        """Show a line of metrics.jsonl."""
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self.trackers.log(known, step=metrics["iteration"])
+        if self.idle < 3:
+            self.idle = self.idle + 1 if metrics.get("zero_variance_groups") == 1 else 0
+            if self.idle == 3 and processes.rank == 0:
+                reason = why_idle(episodes, self.s)
+                tqdm.write(f"3 iterations taught nothing: {reason}", file=sys.stderr)
+        self.shown["score"] = f"{metrics['score']:.1f}"
+        self.shown["best"] = f"{metrics['score_best']:.0f}"
+        self.shown["tips shown"] = metrics["tips_shown"]
+        self.bar.update()
+        self.bar.set_postfix(self.shown)
+        if self.bar.disable and processes.rank == 0:
+            done = f"iteration {metrics['iteration'] + 1} of {self.s.iterations}"
+            print(f"{done}: {self.shown}", file=sys.stderr)
 
 
 def why_idle(episodes, s):
@@ -134,3 +171,28 @@ class Clock:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         seconds = {f"seconds_{phase}": round(t, 2) for phase, t in self.seconds.items()}
         return {**seconds, "peak_memory_gb": round(peak / 1e9, 3)}
+
+
+def make_trackers(s, run_dir):
+    """accelerate's trackers: none without --report-to."""
+    if s.report_to and s.report_to not in LOGGER_TYPE_TO_CLASS:
+        raise unknown("tracker", s.report_to, LOGGER_TYPE_TO_CLASS)
+    trackers = Accelerator(project_dir=run_dir)
+    trackers.log_with = filter_trackers(s.report_to, run_dir)
+    if s.report_to and not trackers.log_with:
+        raise ValueError(f"--report-to {s.report_to}: not installed; pip install {s.report_to}")
+    config = {}
+    for name, value in vars(s).items():
+        config[name] = value if isinstance(value, (int, float)) else str(value)
+    if processes.rank == 0:
+        options = {"wandb": wandb_run(run_dir)} if s.report_to == "wandb" else {}
+        trackers.init_trackers("empo2", config, options)
+    return trackers
+
+
+def wandb_run(run_dir):
+    """Options of `wandb.init`: the run's own id, so that a resume goes on with it; its folder."""
+    path = run_dir / "wandb-id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return {"id": path.read_text(), "resume": "allow", "dir": str(run_dir)}

@@ -48,7 +48,7 @@ def pack(pairs):
     Two actions after the prompt 1 2, and one after 1 3:
 
     >>> from empo2 import Pair
-    >>> row = pack([Pair([1, 2], [7, 8], 0.0), Pair([1, 2], [9], 0.0), Pair([1, 3], [9], 0.0)])
+    >>> row = pack([Pair([1, 2], [7, 8]), Pair([1, 2], [9]), Pair([1, 3], [9])])
     >>> row.ids, row.positions, row.ends
     ([1, 2, 7, 8, 2, 9, 3, 9], [0, 1, 2, 3, 1, 2, 1, 2], [8, 4, 4, 4, 6, 6, 8, 8])
     """
@@ -127,45 +127,3 @@ def micro_batches(rows, most_tokens):
         alike = [row for row in rows if row.is_sequence() == is_sequence]
         for group in groups([len(row.ids) for row in alike], most_tokens):
             yield [alike[i] for i in group]
-
-
-@dataclass
-class Batch:
-    """Rows side by side, padded on the right; all tensors [B, L] but `visible`."""
-
-    ids: torch.Tensor
-    mask: torch.Tensor  # bool, True on action tokens
-    old_logps: torch.Tensor  # 0 outside the mask
-    advantages: torch.Tensor  # 0 outside the mask
-    positions: torch.Tensor | None  # None: every row is a plain sequence
-    visible: torch.Tensor | None  # bool [B, L, L] (query, key), or None
-
-
-def collate(rows, device="cpu"):
-    """The tensors of a micro-batch."""
-    width = max(len(row.ids) for row in rows)
-    shape = (len(rows), width)
-    ids = torch.zeros(shape, dtype=torch.long)
-    positions = torch.zeros(shape, dtype=torch.long)
-    ends = torch.full(shape, width)  # padding stands behind all that counts, and sees itself
-    mask = torch.zeros(shape, dtype=torch.bool)
-    old_logps = torch.zeros(shape)
-    advantages = torch.zeros(shape)
-    for b, row in enumerate(rows):
-        length = len(row.ids)
-        ids[b, :length] = torch.tensor(row.ids)
-        positions[b, :length] = torch.tensor(row.positions)
-        ends[b, :length] = torch.tensor(row.ends)
-        for start, pair in row.spans:
-            action = slice(start, start + len(pair.action))
-            mask[b, action] = True
-            advantages[b, action] = pair.advantage
-            if pair.old_logps is not None:
-                old_logps[b, action] = torch.tensor(pair.old_logps)
-    ids, mask, old_logps, advantages = (
-        tensor.to(device) for tensor in (ids, mask, old_logps, advantages)
-    )
-    if all(row.is_sequence() for row in rows):
-        return Batch(ids, mask, old_logps, advantages, None, None)
-    visible = visibility(ends.to(device))
-    return Batch(ids, mask, old_logps, advantages, positions.to(device), visible)

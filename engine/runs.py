@@ -1,4 +1,4 @@
-"""A run on disk: loading policy and environments, checkpoints, logs."""
+"""A run on disk: its directory, checkpoints, logs."""
 
 import dataclasses
 import errno
@@ -14,20 +14,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import envs
-import memory
-from engine import processes
-from engine.hardware import find_place
-from engine.weights import first_line
-from policy import Policy
-from settings import Settings
+import settings
+from engine import plugins, processes
+from engine.errors import first_line
 
 try:
     import fcntl
 except ImportError:
     raise SystemExit("Linux or macOS is needed; on Windows use WSL") from None
 
-ROOT = Path(__file__).parent.parent
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
 STORED = (
     "adapter_model.safetensors",
@@ -45,105 +40,57 @@ RESUMABLE = (
     "gradient_checkpointing",
     "decode_graph",
     "save_every",
-    "keep_checkpoints",
     "report_to",
 )
+KEPT = 2  # how many of the newest checkpoints are kept, beside the best evaluated
 
 
-# --- Setting up -----------------------------------------------------------------------------------
-def load_policy(s, adapter=None):
-    """The policy of the settings. Raises ValueError if it cannot hold --context.
+# --- The directory --------------------------------------------------------------------------------
+def open_run(s, notes, names, held):
+    """Hold the run's directory -> (settings, the checkpoint to go on from or None).
 
-    adapter: a folder with that of a run, whose base model may have moved since.
+    notes: lines to print for a new run. names: the settings that the command line gives. held: an
+    ExitStack.
     """
-    name = s.model
-    if name == "standin":
-        name = str(ROOT / "standin" / s.env)
-        if not os.path.isdir(name):
-            raise ValueError(f"there is no stand-in for {s.env}; give a --model")
-    elif name.startswith("smollm2"):
-        from standin import smollm2  # it needs policy.py, and its maker the environments
-
-        name = smollm2.folder(name)
-    try:
-        policy = Policy.load(
-            name,
-            adapter=adapter,
-            device=find_place().device,
-            dtype=s.dtype or "float32",
-            load_in_4bit=s.load_in_4bit,
-            gradient_checkpointing=s.gradient_checkpointing,
-            decode_graph=s.decode_graph,
-            lora_r=s.lora_r,
-            lora_alpha=s.lora_alpha,
-            seed=s.seed,
+    run_dir = Path(s.run_dir)
+    if s.resume and not run_dir.is_dir():
+        raise ValueError(f"{run_dir} does not exist; nothing to resume")
+    held.enter_context(locked(run_dir))
+    start = None
+    if s.resume:
+        s, start = continue_run(run_dir, s, names)
+    elif checkpoints(run_dir) or records(run_dir / "metrics.jsonl"):
+        raise ValueError(f"{run_dir} exists; --resume continues it, --run-dir takes another")
+    else:
+        print(*notes, sep="\n")
+    episodes = s.tasks_per_iteration * s.group_size
+    if processes.count > episodes:
+        raise ValueError(
+            f"{processes.count} processes, but {episodes} episodes an iteration; lower "
+            "--num_processes, or raise --group-size or --tasks-per-iteration"
         )
-    except ValueError as error:
-        if adapter and str(error).startswith((name, str(adapter))):
+    return s, start
+
+
+def continue_run(run_dir, s, names):
+    """(the run's own settings, its newest checkpoint); `names` are those given on --resume."""
+    saved, start = newest_checkpoint(run_dir)
+    given = {name: getattr(s, name) for name in names & {"iterations", "model", *RESUMABLE}}
+    for name in names - {"resume", "run_dir", *given}:
+        if getattr(s, name) != getattr(saved, name, None):
             raise ValueError(
-                f"{error}; if the model has moved, give its new place with --model"
-            ) from error
-        raise
-    most = policy.max_positions
-    if s.context > most:
-        raise ValueError(f"{s.model} has {most} positions; lower --context ({s.context})")
-    return policy
-
-
-def make_env(s):
-    """One environment, with the options that the settings give."""
-    options = {}
-    for name in ("step_limit", "shots", "action_correction"):
-        if getattr(s, name):
-            options[name] = getattr(s, name)
-    options |= envs.parse_options(s.env_options)
-    return envs.make(s.env, **options)
-
-
-def task_pool(env, tasks, split, variations):
-    """[(task, variation)]: the first variations of a split, of each task.
-
-    Raises ValueError where there is nothing to play.
-    """
-    if not tasks:
-        raise ValueError("name the tasks: --tasks NAME ...")
-    pool = []
-    for task in tasks:
-        chosen = env.variations(task, split)[:variations]
-        if not chosen:
-            raise ValueError(f"{task} has no {split} variations")
-        pool += [(task, variation) for variation in chosen]
-    return pool
-
-
-def make_memory(s):
-    """An empty tip memory."""
-    return memory.TipMemory(s.memory_capacity, s.tip_threshold, s.max_tips, s.tip_rank)
-
-
-# --- Checkpoints ----------------------------------------------------------------------------------
-@dataclasses.dataclass
-class Learner:
-    """All that learns or remembers: what a checkpoint holds."""
-
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    tip_memory: memory.TipMemory
-    novelty: memory.NoveltyStore
-    episodes: int = 0  # played in training so far
-    seconds: float = 0.0  # of training so far
-    best: tuple = (None, None)  # score and iteration of the best evaluation, the later of equals
-
-
-def make_learner(s, checkpoint=None):
-    """A new learner, or that of a checkpoint folder."""
-    policy = load_policy(s, checkpoint)
-    optimizer = torch.optim.AdamW(policy.trainable(), lr=s.learning_rate, weight_decay=0.0)
-    novelty = memory.NoveltyStore(s.novelty_threshold)
-    learner = Learner(policy, optimizer, make_memory(s), novelty)
-    if checkpoint:
-        load_checkpoint(checkpoint, learner, s)
-    return learner
+                f"--resume continues with the run's own settings; {name} cannot change"
+            )
+    for name, file in changed_sources(run_dir / f"checkpoint-{start}").items():
+        if name not in names:
+            raise ValueError(
+                f"{file} has changed since the checkpoint; --{name} {file} goes on with the new one"
+            )
+    if given.get("iterations", start) < start:
+        raise ValueError(
+            f"{run_dir} has {start} iterations already; --iterations can only make it longer"
+        )
+    return dataclasses.replace(saved, resume=True, run_dir=str(run_dir), **given), start
 
 
 @contextmanager
@@ -168,6 +115,7 @@ def locked(run_dir):
         os.close(descriptor)
 
 
+# --- Checkpoints ----------------------------------------------------------------------------------
 def checkpoints(run_dir):
     """Iterations of the run's checkpoints, oldest first."""
     numbers = [path.name.removeprefix("checkpoint-") for path in run_dir.glob("checkpoint-*")]
@@ -178,7 +126,7 @@ def checkpoints(run_dir):
 def save_checkpoint(run_dir, iteration, learner, s):
     """Write checkpoint-N whole or not at all, then drop old ones.
 
-    The newest `keep_checkpoints` are kept, and the one that was evaluated best.
+    The newest ones are kept, and the one that was evaluated best.
     """
     final = run_dir / f"checkpoint-{iteration}"
     folder = run_dir / f"checkpoint-{iteration}.tmp"
@@ -194,6 +142,7 @@ def save_checkpoint(run_dir, iteration, learner, s):
         state = {
             "iteration": iteration,
             "settings": dataclasses.asdict(s),
+            "sources": sources(s),
             "tokenizer": learner.policy.fingerprint(),
             "weights": learner.policy.base_checksum,
             "episodes": learner.episodes,
@@ -212,7 +161,7 @@ def save_checkpoint(run_dir, iteration, learner, s):
             f"{final} could not be written; is the disk full? Those before it are intact "
             f"({first_line(error)})"
         ) from error
-    keep = {learner.best[1], *checkpoints(run_dir)[-s.keep_checkpoints :]}
+    keep = {learner.best[1], *checkpoints(run_dir)[-KEPT:]}
     for old in set(checkpoints(run_dir)) - keep:
         shutil.rmtree(run_dir / f"checkpoint-{old}")
 
@@ -236,6 +185,23 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sources(s):
+    """{file: checksum} of the algorithm and the environment, where these were loaded from one."""
+    return {
+        name: plugins.checksums[name] for name in (s.algorithm, s.env) if name in plugins.checksums
+    }
+
+
+def changed_sources(folder):
+    """{"algorithm" or "env": its file}, where it is another than when the checkpoint was made."""
+    s, state = read_checkpoint(folder)
+    now = sources(s)
+    files = {"algorithm": s.algorithm, "env": s.env}
+    return {
+        name: file for name, file in files.items() if state["sources"].get(file) != now.get(file)
+    }
+
+
 def read_checkpoint(folder):
     """(settings, state) of a checkpoint. Raises ValueError if a file of it is damaged."""
     try:
@@ -245,11 +211,13 @@ def read_checkpoint(folder):
                 raise ValueError(f"{name} is not what was saved")
         if folder.name != f"checkpoint-{state['iteration']}":
             raise ValueError(f"it is of iteration {state['iteration']}")
-        other = state["settings"].keys() ^ {f.name for f in dataclasses.fields(Settings)}
-        other |= {"tokenizer", "weights"} - state.keys()
+        saved = state["settings"]
+        cls, _ = settings.of_algorithm(saved["algorithm"])
+        other = saved.keys() ^ {f.name for f in dataclasses.fields(cls)}
+        other |= {"tokenizer", "weights", "sources"} - state.keys()
         if other:
             raise ValueError(f"made by another version: {', '.join(sorted(other))}")
-        return Settings(**state["settings"]), state
+        return cls(**saved), state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder}: the checkpoint is damaged or of another version ({first_line(error)})"
@@ -265,7 +233,7 @@ def newest_checkpoint(run_dir):
     for iteration in reversed(checkpoints(run_dir)):
         folder = run_dir / f"checkpoint-{iteration}"
         try:
-            settings, _ = read_checkpoint(folder)
+            saved, _ = read_checkpoint(folder)
         except ValueError as error:
             problem = str(error)
             print(f"{error}; going back to the one before", file=sys.stderr)
@@ -274,7 +242,7 @@ def newest_checkpoint(run_dir):
             if newer > iteration:
                 aside = free_name(run_dir / f"damaged-{newer}")
                 os.rename(run_dir / f"checkpoint-{newer}", aside)
-        return settings, iteration
+        return saved, iteration
     raise ValueError(problem)
 
 

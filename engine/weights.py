@@ -11,6 +11,7 @@ import pickle
 import struct
 import sys
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils import load_peft_weights
@@ -18,6 +19,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from engine.errors import first_line
 
 # What loading damaged files raises.
 UNREADABLE = (
@@ -276,6 +279,66 @@ def in_fp32(model):
     return model
 
 
-def first_line(error):
-    """The beginning of an exception's text, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def check_attention(policy):
+    """Sampling must give the log-probs of the model's own forward pass. Raises ValueError.
+
+    Each token is to see all that came before it, and `lm_head`'s product is to be the logits. A
+    model with sliding windows, linear attention or scaled logits would be computed wrongly,
+    without a word. Two sums of the same numbers differ by rounding: 2^-8 a layer's addition in
+    bf16, 2^-14 in fp32 (of 2^10 products); with two additions a layer that is √(2 layers) as much,
+    of logits as large as they spread. Twice that is allowed, in the mean.
+    """
+    config = policy.model.config
+    name = config.name_or_path
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    if getattr(config, "sliding_window", None):
+        kinds.add("a sliding window")
+    if kinds:
+        raise ValueError(
+            f"{name}: has layers that do not attend to all tokens ({', '.join(sorted(kinds))}); "
+            "choose a model with full attention, such as Qwen2.5 or Qwen3"
+        )
+    positions = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if positions in ("dynamic", "longrope"):
+        raise ValueError(
+            f"{name}: its positions change with the length ({positions}), so keys cannot be kept; "
+            "choose a model such as Qwen2.5 or Qwen3"
+        )
+    try:
+        gap, spread = sampler_gap(policy)
+    except (ArithmeticError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # an unknown architecture raises whatever its code leads to
+        raise ValueError(
+            f"{name}: cannot be sampled here ({first_line(error)}); choose a model with "
+            "full attention, such as Qwen2.5 or Qwen3"
+        ) from error
+    rounding = 2**-8 if policy.in_bf16() else 2**-14
+    allowed = 2 * rounding * (2 * config.num_hidden_layers) ** 0.5 * spread
+    if not gap <= allowed:
+        raise ValueError(
+            f"{name}: what is sampled differs from the model's own log-probs by {gap:.2g} nats in "
+            f"the mean ({allowed:.2g} is rounding): its attention or its logits are not those of "
+            "Qwen2.5 or Qwen3; choose such a model"
+        )
+
+
+@torch.no_grad()
+def sampler_gap(policy):
+    """(mean difference in nats, standard deviation of the logits) over a made-up dialogue."""
+    rng = np.random.default_rng(0)
+    dialogue = policy.message("system", "Be brief.")
+    gaps = []
+    for tips in ([], policy.message("user", "Tips: go on."), []):
+        dialogue = dialogue + policy.message("user", "A room. You see a door.")
+        prompt = dialogue + tips + policy.header
+        (action,), (logps,) = policy.sample([prompt], rng.random((1, 4)), 1.0, [0])
+        ids = torch.tensor([prompt + action], device=policy.device)
+        with policy.autocast():
+            logits = policy.model(ids, use_cache=False, logits_to_keep=len(action) + 1).logits
+        logits = logits[0, :-1].float()  # [n, vocab]
+        own = logits.log_softmax(-1).gather(1, ids[0, -len(action) :, None])[:, 0]
+        gaps += np.abs(np.subtract(own.tolist(), logps)).tolist()
+        dialogue = dialogue + policy.past(action)
+    policy.forget()
+    return np.mean(gaps), logits.std().item()

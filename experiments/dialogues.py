@@ -5,11 +5,12 @@ stand-in held with ScienceWorld (power-component, 30 turns), counted with Qwen2.
 """
 
 import json
+from pathlib import Path
 
-from engine.runs import ROOT
+from empo2 import Algorithm
 from rollout import Episode, Job, Turn, past
 
-LENGTHS = json.loads((ROOT / "experiments" / "lengths.json").read_text())
+LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text())
 SYSTEM = 235  # tokens of ScienceWorld's system message
 TIPS = 400  # of ten tips of 40
 MESSAGE = 10  # control tokens, role and header of a turn
@@ -44,10 +45,19 @@ def make_episode(policy, rng, number=0, context=None):
         turn.logps = [-1.0] * len(turn.action_ids)
         turn.advantage = 1.0 - 2.0 * (number % 2)
         if (t + number) % 4 == 3:
-            turn.tip_ids = message(policy, rng, "user", TIPS)
+            turn.shown_ids = message(policy, rng, "user", TIPS)
             turn.offpolicy = (t // 4 + number) % 3 > 0
         episode.turns.append(turn)
     return episode
+
+
+def learnt_pairs(episode, s):
+    """Its training pairs; their old log-probs are the sampler's, whatever the prompt."""
+    pairs = list(Algorithm(s).training_pairs(episode))
+    for turn, pair in zip(episode.turns, pairs, strict=True):
+        pair.old_logps = turn.logps
+        pair.advantages = [turn.advantage] * len(pair.action)
+    return pairs
 
 
 def message(policy, rng, role, n):

@@ -29,9 +29,9 @@ from transformers import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 from engine.decode import CudaGraphs
+from engine.errors import first_line
 from engine.hardware import find_place
 from engine.runs import write_json
-from engine.weights import first_line
 from experiments.gpu_pieces import Bench, Scale, memory_peaks, peak_rates
 from experiments.random_policy import QWEN_7B, fill, skeleton
 

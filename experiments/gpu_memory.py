@@ -20,10 +20,10 @@ from torch.utils._pytree import arg_tree_leaves, tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.utils import logging as transformers_logging
 
-from empo2 import accumulate_gradient, training_pairs
+from empo2 import Algorithm, accumulate_gradient
 from engine import hardware
 from engine.packing import pack
-from experiments.dialogues import TYPICAL, make_episode
+from experiments.dialogues import TYPICAL, learnt_pairs, make_episode
 from experiments.random_policy import QWEN_7B, fill, skeleton
 from settings import Settings
 
@@ -160,9 +160,9 @@ def update_peak(policy, optimizer, memory, rows, context):
     rng = np.random.default_rng(0)
     s = Settings()
     episodes = [make_episode(policy, rng, context=context) for _ in range(rows)]
-    batch = [pack(list(training_pairs(episode, s))) for episode in episodes]
+    batch = [pack(learnt_pairs(episode, s)) for episode in episodes]
     memory.reset()
-    accumulate_gradient(policy, batch, s, num_tokens=1)
+    accumulate_gradient(policy, batch, Algorithm(s), denominator=1)
     optimizer.step()
     return memory.peak
 
@@ -170,7 +170,7 @@ def update_peak(policy, optimizer, memory, rows, context):
 def row_length(policy, context):
     """Tokens of a row: the dialogue, and the turns that are learnt with their tips."""
     episode = make_episode(policy, np.random.default_rng(0), context=context)
-    return len(pack(list(training_pairs(episode, Settings()))).ids)
+    return len(pack(learnt_pairs(episode, Settings())).ids)
 
 
 def longest_rows(policy, micro_tokens, context):

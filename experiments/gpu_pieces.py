@@ -11,11 +11,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2Config
 
-from empo2 import Pair, accumulate_gradient, recompute_old_logps, training_pairs
+from empo2 import Algorithm, Pair, accumulate_gradient, score_rows
+from engine.errors import first_line
 from engine.packing import micro_batches, pack, shared_length
-from engine.weights import first_line
 from experiments import gpu_memory
-from experiments.dialogues import TYPICAL, make_episode, message
+from experiments.dialogues import TYPICAL, learnt_pairs, make_episode, message
 from settings import Settings
 
 TIP_REQUEST = 80  # tokens: the last observation and the request
@@ -126,8 +126,11 @@ class Bench:
         """(what the dialogues hold, their prompts) at turn t."""
         held = [[] for _ in self.episodes]
         if t:
-            held = [e.prompt(t - 1, True) + e.turns[t - 1].action_ids for e in self.episodes]
-        return held, [episode.prompt(t, True) for episode in self.episodes]
+            held = [
+                e.prompt(t - 1, e.turns[t - 1].shown_ids) + e.turns[t - 1].action_ids
+                for e in self.episodes
+            ]
+        return held, [episode.prompt(t, episode.turns[t].shown_ids) for episode in self.episodes]
 
     def flops_floor(self, tokens, passes=1):
         """Seconds of the matrix products of so many tokens."""
@@ -190,7 +193,7 @@ class Bench:
     def tips(self, record=None):
         """Summing up all episodes."""
         self.begin(record)
-        held = [e.prompt(-1, True) + e.turns[-1].action_ids for e in self.episodes]
+        held = [e.prompt(-1, e.turns[-1].shown_ids) + e.turns[-1].action_ids for e in self.episodes]
         prompts = [ids + self.request for ids in held]
         reading = self.seconds(partial(self.sample, prompts, 1), partial(self.hold, held))
         context = statistics.mean(map(len, prompts))
@@ -204,7 +207,7 @@ class Bench:
     def learn(self, with_gradient):
         """All micro-batches of the iteration, from the largest one."""
         s = self.settings
-        rows = [pack(list(training_pairs(episode, s))) for episode in self.episodes]
+        rows = [pack(learnt_pairs(episode, s)) for episode in self.episodes]
         batches = []
         for first in range(0, len(rows), s.minibatch_episodes):
             step = rows[first : first + s.minibatch_episodes]
@@ -213,9 +216,9 @@ class Bench:
         batch = batches[int(np.argmax(sizes))]
         self.begin()
         if with_gradient:
-            run = partial(accumulate_gradient, self.policy, batch, s, num_tokens=1)
+            run = partial(accumulate_gradient, self.policy, batch, Algorithm(s), denominator=1)
         else:
-            run = partial(recompute_old_logps, self.policy, batch, s)
+            run = partial(score_rows, self.policy, batch, s)
         one = self.seconds(run)
         needed = sum(len(row.ids) for row in rows)
         return {
@@ -246,12 +249,14 @@ class Bench:
     def sampler_gap(self):
         """Sampled against recomputed log-probs, nats a token, of the first dialogues."""
         self.begin()
-        prompts = [episode.prompt(1, True) for episode in self.episodes[:8]]
+        prompts = [episode.prompt(1, episode.turns[1].shown_ids) for episode in self.episodes[:8]]
         uniforms = np.random.default_rng(0).random((len(prompts), 32))
         actions, logps = self.policy.sample(prompts, uniforms, 1.0)
         triples = zip(prompts, actions, logps, strict=True)
-        rows = [pack([Pair(p, a, 1.0, sampled_logps=own)]) for p, a, own in triples]
-        gaps = recompute_old_logps(self.policy, rows, self.settings)
+        rows = [pack([Pair(p, a, sampled_logps=own)]) for p, a, own in triples]
+        gaps = []
+        for pair, own in score_rows(self.policy, rows, self.settings):
+            gaps += np.abs(np.subtract(own, pair.sampled_logps)).tolist()
         return {"mean": float(np.mean(gaps)), "max": float(np.max(gaps))}
 
     def seconds(self, run, prepare=lambda: None):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from transformers.integrations import replace_with_bnb_linear
 
-from engine.runs import ROOT
+from engine.plugins import ROOT
 from engine.weights import four_bit, new_adapter
 from policy import Policy
 

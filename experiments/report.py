@@ -1,4 +1,4 @@
-"""Tables and pictures of scores, beside the paper's, and the report of a sweep.
+"""The report of a sweep: tables and pictures of its runs, beside the paper's.
 
 `python -m experiments.sweep laptop --report` writes a sweep's report at any time, from what its
 runs have left so far: summary.md, curves.png and results.json. For runs that no sweep made:
@@ -15,82 +15,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from engine import runs
-from experiments import paper
+from engine import paper, runs
+from engine.tables import markdown, table
 from settings import is_standin
-
-
-# --- Shared with eval.py ---
-def markdown(rows):
-    """The aligned lines of a Markdown table; `rows` are lists of strings, the first is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        lines.append(f"| {' | '.join(padded)} |")
-    rule = ["-" * width for width in widths]
-    lines.insert(1, f"| {' | '.join(rule)} |")
-    return lines
-
-
-def as_text(value):
-    if value is None:
-        return "missing"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def table(columns, rows):
-    """The lines of a Markdown table of {name: numbers}, None = missing.
-
-    If a name is one of the paper's tasks, all of those stand in the order of Table 1 beside its
-    numbers, and the last line has the means over the tasks of which nothing is missing.
-    """
-    head = ["task", *columns]
-    lines = dict(rows)
-    if not paper.TABLE_1.keys().isdisjoint(rows):
-        head += [f"paper: {name}" for name in paper.COLUMNS]
-        missing = [None] * len(columns)
-        lines = {task: [*rows.get(task, missing), *row] for task, row in paper.TABLE_1.items()}
-        complete = [line for line in lines.values() if None not in line]
-        for name in rows.keys() - paper.TABLE_1.keys():
-            lines[name] = [*rows[name], *["-"] * len(paper.COLUMNS)]
-        if complete:
-            lines[f"mean of {len(complete)} rows"] = [
-                float(np.mean(column)) if isinstance(column[0], float) else ""
-                for column in zip(*complete, strict=True)
-            ]
-    return markdown([head, *([name, *map(as_text, line)] for name, line in lines.items())])
-
-
-def draw_trials(path, parts):
-    """The score of each trial, a line per task."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for task in dict.fromkeys(part["task"] for part in parts):
-        mine = [part for part in parts if part["task"] == task]
-        trials = [part["trial"] for part in mine]
-        axes.plot(trials, [part["mean"] for part in mine], marker=".", label=task)
-    axes.set(xlabel="trial (0 = without memory)", ylabel="mean score")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def draw_scores(path, parts):
-    """The score of each task, beside the paper's GRPO and EMPO²."""
-    tasks = [part["task"] for part in parts]
-    figure = Figure(figsize=(8, 1.5 + 0.3 * len(tasks)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(tasks, [part["mean"] for part in parts], color="lightgrey", label="here")
-    known = [task for task in tasks if task in paper.TABLE_1]
-    if known:
-        for name, mark in (("GRPO", "x"), ("EMPO²", "o")):
-            column = paper.COLUMNS.index(name)
-            scores = [paper.TABLE_1[task][column] for task in known]
-            axes.plot(scores, known, mark, label=f"paper: {name}")
-    axes.set(xlabel="mean score", xlim=(-105, 105), ylim=(len(tasks) - 0.5, -0.5))
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=120)
-
 
 # --- The cells of a sweep, as results.json has them ---
 # What eval.py calls the five figures of an evaluation: success is 0...1, scores are -100...100.

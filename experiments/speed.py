@@ -32,10 +32,10 @@ from transformers import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 import rollout
-from empo2 import accumulate_gradient, hybrid_loss, score_tokens, training_pairs
+from empo2 import Algorithm, accumulate_gradient, collate, score_tokens
 from engine.hardware import find_place
-from engine.packing import collate, micro_batches, pack
-from experiments.dialogues import message, some_ids
+from engine.packing import micro_batches, pack
+from experiments.dialogues import learnt_pairs, message, some_ids
 from experiments.random_policy import QWEN_7B, fill, skeleton
 from settings import Settings
 from worlds.scienceworld import Jvm, ScienceWorld, find_java
@@ -100,7 +100,7 @@ def play(policy, prompts, observations, action_tokens):
     for turn_observations in observations:
         for episode, ids in zip(episodes, turn_observations, strict=True):
             episode.turns.append(rollout.Turn("", ids))
-        contexts = [episode.prompt(-1, with_tips=False) for episode in episodes]
+        contexts = [episode.prompt(-1) for episode in episodes]
         actions, logps = rollout.sample(policy, episodes, contexts, action_tokens, 1.0)
         for episode, action, action_logps in zip(episodes, actions, logps, strict=True):
             episode.turns[-1].action_ids = action
@@ -113,7 +113,7 @@ def replay_plainly(policy, episodes):
     """The same tokens through `generate` -> the largest difference of a log-prob."""
     worst = 0.0
     for t in range(len(episodes[0].turns)):
-        prompts = [episode.prompt(t, with_tips=False) for episode in episodes]
+        prompts = [episode.prompt(t) for episode in episodes]
         turns = [episode.turns[t] for episode in episodes]
         plain = plain_sample(policy, prompts, [turn.action_ids for turn in turns])
         for logps, turn in zip(plain, turns, strict=True):
@@ -160,29 +160,21 @@ def bench_rollout(policy, rng, dialogues, turns):
         lambda: play(policy, prompts, observations, ACTION),
     )
     policy.forget()
-    tokens = sum(len(episode.prompt(-1, False)) for episode in episodes)
-    read = sum(len(episode.prompt(t, False)) for episode in episodes for t in range(turns))
+    tokens = sum(len(episode.prompt(-1)) for episode in episodes)
+    read = sum(len(episode.prompt(t)) for episode in episodes for t in range(turns))
     note = f"log-probs equal to {difference:.0e}; tokens read {read:,} -> {tokens:,}"
     show(f"rollout, {dialogues} dialogues x {turns} turns", plain, ours, note)
     return episodes
 
 
 # --- Update ---------------------------------------------------------------------------------------
-def learnt_pairs(episode):
-    """The training pairs; their old log-probs are the sampler's, whatever the prompt."""
-    pairs = list(training_pairs(episode, SETTINGS))
-    for pair, turn in zip(pairs, episode.turns, strict=True):
-        pair.old_logps = turn.logps
-    return pairs
-
-
 def gradient(policy, packs, s):
     """Of an optimiser step, a row for each list of pairs -> [n], and padded tokens computed."""
     policy.model.zero_grad()
     num_tokens = sum(len(pair.action) for pairs in packs for pair in pairs)
     computed = 0
     for rows in micro_batches([pack(pairs) for pairs in packs], s.micro_tokens):
-        accumulate_gradient(policy, rows, s, num_tokens)
+        accumulate_gradient(policy, rows, Algorithm(s), num_tokens)
         computed += len(rows) * max(len(row.ids) for row in rows)
     return torch.cat([p.grad.flatten() for p in policy.trainable()]), computed
 
@@ -195,9 +187,9 @@ def bench_update(policy, rng, episodes, turns, with_tips):
         for t, turn in enumerate(own):
             turn.advantage = (-1.0) ** number
             if with_tips and t % 4 == 3:
-                turn.tip_ids = message(policy, rng, "user", 4 * OBSERVATION)
+                turn.shown_ids = message(policy, rng, "user", 4 * OBSERVATION)
                 turn.offpolicy = t // 4 % 3 > 0
-        packed.append(learnt_pairs(dataclasses.replace(episode, turns=own)))
+        packed.append(learnt_pairs(dataclasses.replace(episode, turns=own), SETTINGS))
     alone = [[pair] for pairs in packed for pair in pairs]
     plain_gradient, plain_tokens = gradient(policy, alone, SETTINGS)
     our_gradient, our_tokens = gradient(policy, packed, SETTINGS)
@@ -215,7 +207,7 @@ def bench_memory(policy, episodes):
     """What the forward pass of a micro-batch keeps for the backward pass."""
     print("\nkept for the backward pass, by tokens of the micro-batch, and what their logits are")
     for count in (1, 2, 4):
-        rows = [pack(learnt_pairs(episode)) for episode in (episodes * 4)[:count]]
+        rows = [pack(learnt_pairs(episode, SETTINGS)) for episode in (episodes * 4)[:count]]
         tokens = sum(len(row.ids) for row in rows)
         kept = memory_for_backward(policy, rows)
         logits = 4 * tokens * policy.model.config.vocab_size / 1e9
@@ -238,7 +230,8 @@ def memory_for_backward(policy, rows):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         logp, _ = score_tokens(policy, batch, SETTINGS)
         # The graph lives, so that no two tensors are at the same address, until all are counted.
-        loss, _ = hybrid_loss(logp, logp.detach(), torch.ones_like(logp), batch.mask, SETTINGS)
+        batch.advantages = torch.ones_like(logp)
+        loss, _ = Algorithm(SETTINGS).loss(batch, logp)
     return sum(kept.values()) / 1e9
 
 

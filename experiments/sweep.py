@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 import envs
 import train
-from engine import runs
-from experiments import paper, report
-from settings import PRESETS, handle, with_home
+from engine import paper, runs
+from engine.command import STOPS, handle
+from experiments import report
+from settings import PRESETS, with_home
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
@@ -114,7 +115,7 @@ EXPERIMENTS = {
         --
         --env webshop --variations 12000 --memory-scope task --iterations 150
         --step-limit 15 --history 2 --action-tokens 512
-        --beta 0.01 --minibatch-episodes 64 --discount 0.95
+        --beta 0.01 --minibatch-episodes 64
         --eval-every 50 --eval-variations 500 --eval-episodes 1
     """,
 }
@@ -363,7 +364,7 @@ def sweep(args, shared, argv):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    handle(train.STOPS, signal.default_int_handler)
+    handle(STOPS, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     failed = 0
     try:

@@ -14,14 +14,16 @@ things with their own parts in their places, are never played.
 
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import rollout
+from empo2 import Algorithm
 from envs import UNKNOWN, EnvFault
-from memory import TipMemory, embedder
+from memory import TipMemory, best_first, embedder
 from policy import Policy
 from rollout import TIP_REQUEST, TIPS_TEXT, Job, Turn
 from settings import Settings
@@ -33,6 +35,7 @@ HOUSE = {"rooms": 12, "containers": 6}  # of the laptop experiment (experiments/
 TASKS = {"parts": 1, "step_limit": 7, "partial_credit": False}
 FACT = re.compile(r"(?:found|score \d+:|,) ([a-z ]+) in (\w+) (\w+)")  # in an observation or a tip
 SETTINGS = Settings(env="house")
+ALGORITHM = Algorithm(SETTINGS)
 
 
 class OtherHouses(House):
@@ -129,7 +132,7 @@ def play(policy, env, rng):
     plan = None
     while not episode.ended:
         shown = tips if rng.random() < often else []
-        rollout.open_turn(policy, playing, shown, SETTINGS)
+        rollout.open_turn(policy, playing, shown, ALGORITHM)
         line, plan = think(env, facts_in(" ".join(shown)) | seen, plan, rng)
         blunder = rng.random() < 0.03
         turn = episode.turns[-1]
@@ -183,11 +186,12 @@ def check(folder, variations=16, seed=0):
     s = Settings(
         env="house", memory_key="task", memory_scope="task", action_tokens=16, tip_tokens=40
     )
+    algorithm = Algorithm(s)
     policy = Policy.load(folder)
     simulators = [House(**HOUSE, **TASKS) for _ in range(64)]
     env = simulators[0]
     embed = embedder()
-    told = TipMemory(max_tips=4)
+    told = TipMemory(order=partial(best_first, max_tips=4))
     jobs = []
     for task in env.tasks():
         jobs += [Job(task, v, 0, 0) for v in env.variations(task, "test")[:variations]]
@@ -205,7 +209,9 @@ def check(folder, variations=16, seed=0):
         s.temperature = temperature
         rng = np.random.default_rng(seed)
         played = []
-        for wave in rollout.rollout(policy, simulators, jobs, told, embed, s, rng, EnvFault):
+        for wave in rollout.rollout(
+            policy, simulators, jobs, told, embed, algorithm, rng, EnvFault
+        ):
             rollout.write_tips(policy, wave, s)
             played += wave
         solved = [episode.score == 100 for episode in played]

@@ -163,7 +163,7 @@ def play(env, task, variation, plan, tips, rng):
             action = f"teleport to {rng.choice([other for other in ROOMS if other != room])}"
         else:
             action = wander(env, done, rng)
-        turn = Turn(observation, [], shown, action=action)
+        turn = Turn(observation, [], shown=shown, action=action)
         transcript.turns.append(turn)
         observation, turn.reward, terminated, truncated, info = env.step(action)
         turn.next_observation = observation
@@ -238,7 +238,7 @@ def corpus(transcripts):
         yield from (transcript.prompt, transcript.turns[-1].next_observation, transcript.tip)
         yield from (TIP_REQUEST.format(score=transcript.score), TIPS_TEXT.format("- "))
         for turn in transcript.turns:
-            yield from (turn.observation, turn.action, *turn.tips)
+            yield from (turn.observation, turn.action, *turn.shown)
 
 
 def things(transcripts):
@@ -298,8 +298,8 @@ def dialogue(policy, transcript, rename, rng):
     parts = [(policy.message("system", rename(transcript.prompt)), 0.0, 0.0)]  # ids, weight, slips
     for turn in transcript.turns:
         parts.append((policy.message("user", rename(turn.observation)), 0.1, 0.0))
-        if turn.tips:
-            tips = [rename(tip) for tip in turn.tips]
+        if turn.shown:
+            tips = [rename(tip) for tip in turn.shown]
             parts.append((tips_message(policy, tips), 0.1, 0.0))
         parts.append((policy.header, 0.0, 0.0))
         action = [*policy.encode(rename(turn.action)), policy.end_id]

@@ -18,14 +18,16 @@ episode draws 4 as its plant's, in any order, and one that is wrong; the names o
 
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import rollout
+from empo2 import Algorithm
 from envs import UNKNOWN, Env, EnvFault
-from memory import TipMemory, embedder
+from memory import TipMemory, best_first, embedder
 from policy import Policy
 from rollout import TIP_REQUEST, TIPS_TEXT, Job, Turn
 from settings import Settings
@@ -46,6 +48,7 @@ ROOMS = ["outside", "art studio", "bathroom", "bedroom", "foundry", "greenhouse"
 SLIPS = ["focus on it", "open door", "go there", "take all"]
 FACT = re.compile(rf"({'|'.join(NUMBERS)}) (?!unknown)(\w+)")  # in a tip
 SETTINGS = Settings(env="scienceworld")
+ALGORITHM = Algorithm(SETTINGS)
 
 
 class OtherPlants(Env):
@@ -217,7 +220,7 @@ def play(policy, env, rng, variation, recall=False):
     player = Player(rng, lucky=rng.choice((0.1, 0.5)) if recall else 0.5, recall=recall)
     while not episode.ended:
         shown = tips if rng.random() < often else []
-        rollout.open_turn(policy, playing, shown, SETTINGS)
+        rollout.open_turn(policy, playing, shown, ALGORITHM)
         blunder = rng.random() < 0.03
         line = player.say(episode.task_text, FACT.findall(" ".join(shown)), env.order)
         if blunder:
@@ -277,6 +280,7 @@ def check(folder, episodes=8, seed=0):
     s = Settings(
         env="scienceworld", memory_key="task", memory_scope="task", action_tokens=24, tip_tokens=40
     )
+    algorithm = Algorithm(s)
     policy = Policy.load(folder)
     worlds = [ScienceWorld(step_limit=5, thoughts=True) for _ in range(16)]
     embed = embedder()
@@ -292,7 +296,7 @@ def check(folder, episodes=8, seed=0):
         ("told three", 3, 1, episodes),
         ("told all", 4, 1, episodes),
     ):
-        told = TipMemory(max_tips=4)
+        told = TipMemory(order=partial(best_first, max_tips=4))
         for job in jobs:
             key = embed([worlds[0].reset(*job[:2])[1]["task"]])[0]
             for count in range(1, known + 1):
@@ -302,7 +306,9 @@ def check(folder, episodes=8, seed=0):
         s.temperature = temperature
         rng = np.random.default_rng(seed)
         played = []
-        for wave in rollout.rollout(policy, worlds, jobs * times, told, embed, s, rng, EnvFault):
+        for wave in rollout.rollout(
+            policy, worlds, jobs * times, told, embed, algorithm, rng, EnvFault
+        ):
             rollout.write_tips(policy, wave, s)
             played += wave
         scores = np.array([episode.score for episode in played])

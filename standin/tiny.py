@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from empo2 import score_tokens, training_pairs
-from engine.packing import collate, micro_batches, pack
+from empo2 import Algorithm, collate, score_tokens
+from engine.packing import micro_batches, pack
 from policy import Policy
 
 CHATML = (
@@ -193,9 +193,9 @@ def imitation(policy, play, s, times, adapter):
     def backward(step):
         rows = []
         for _ in range(times):
-            rows.append(pack([pair for e in play(policy) for pair in training_pairs(e, s)]))
+            rows.append(pack([pair for e in play(policy) for pair in weighted_pairs(e, s)]))
         spans = [span for row in rows for span in row.spans]
-        total = sum(pair.advantage * len(pair.action) for _, pair in spans)
+        total = sum(sum(pair.advantages) for _, pair in spans)
         loss_sum = 0.0
         for part in micro_batches(rows, 2048):
             batch = collate(part)
@@ -207,6 +207,13 @@ def imitation(policy, play, s, times, adapter):
         return loss_sum
 
     return backward
+
+
+def weighted_pairs(episode, s):
+    """Its training pairs; the weight of each is its turn's `advantage`."""
+    for turn, pair in zip(episode.turns, Algorithm(s).training_pairs(episode), strict=True):
+        pair.advantages = [turn.advantage] * len(pair.action)
+        yield pair
 
 
 def autocast():
