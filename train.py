@@ -159,7 +159,6 @@ def train(s, run_dir, start=None):
             ]
             runs.append(run_dir / "episodes.jsonl", transcripts)
             display.iteration(episodes, metrics)
-    processes.end()
     trackers.end_training()
     return iteration
 

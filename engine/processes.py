@@ -1,6 +1,6 @@
 """More than one GPU: `accelerate launch --num_processes 2 train.py ...`, or torchrun.
 
-Skip it on a first reading: in one process each function here does nothing, or gives back what it
+In one process each function here does nothing, or gives back what it
 is given. In several, each plays its share of the episodes. The episodes are gathered, so
 advantages, novelty and memories are the same everywhere. Each computes the gradient of its share of
 an optimiser step. The gradients are added up, so the weights are the same everywhere.
@@ -8,8 +8,6 @@ an optimiser step. The gradients are added up, so the weights are the same every
 
 import functools
 import os
-import sys
-import threading
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -18,13 +16,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 MEETING = timedelta(minutes=2)  # a launcher starts all at once
-PATIENCE = timedelta(hours=1)  # with a slower process; one that ends is noticed at once
+PATIENCE = timedelta(hours=1)  # with a slower process; the launcher ends all if one ends
 
 rank = 0  # the number of this process; 0 alone writes files and shows progress
 count = 1  # of processes
 store = None  # a few words that all can read
-watcher = None  # the thread that notices when another process ends
-lost = "another process was lost"
+lost = "another process was lost; the same launch with --resume continues"
 
 
 def start():
@@ -57,31 +54,6 @@ def take_gpu():
         raise ValueError(f"more processes than GPUs; --num_processes {here} at most")
     torch.cuda.set_device(local)
     return "cpu:gloo,cuda:nccl"
-
-
-def watch(advice):
-    """From here on end this process at once if another one ends without a goodbye."""
-    global lost, watcher
-    if count > 1:
-        lost += f"; {advice}"
-        watcher = threading.Thread(target=await_goodbye, daemon=True)
-        watcher.start()
-
-
-def await_goodbye():
-    """Each process hears from the one before it, in a circle; so the end of one ends all."""
-    try:
-        dist.irecv(torch.zeros(1), (rank - 1) % count).wait(timedelta(days=1000))
-    except RuntimeError:
-        say(f"train.py: {lost}", sys.stderr)
-        os._exit(2)  # the main thread may be waiting for what never comes
-
-
-def end():
-    """Say goodbye, and wait for the others."""
-    if count > 1:
-        dist.send(torch.zeros(1), (rank + 1) % count)
-        watcher.join()
 
 
 def say(line, file=None):
