@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
+import eval as evaluation
 import rollout
 import train
-from empo2 import Algorithm
+from empo2 import Algorithm, draw_update_modes
 from envs import EnvFault, make
 from memory import NoveltyStore, TipMemory, embedder
 from policy import Policy
@@ -32,6 +34,7 @@ class ToyPolicy:
 
     def __init__(self):
         self.shown = []
+        self.temperatures = set()
 
     def forget(self):
         pass
@@ -47,6 +50,7 @@ class ToyPolicy:
 
     def sample(self, prompts, uniforms, temperature, lanes):
         self.shown += [self.decode(prompt) for prompt in prompts]
+        self.temperatures.add(temperature)
         digits = [ord("0") + int(10 * u[0]) for u in uniforms]
         actions = [[digit] if digit == ord("9") else [digit, STOP] for digit in digits]
         return actions, [[-float(len(prompt))] for prompt in prompts]
@@ -84,10 +88,10 @@ def memory_of(*tips):
     return memory
 
 
-def play(jobs=JOBS, memory=None, lanes=3, seed=0, **options):
+def play(jobs=JOBS, memory=None, lanes=3, seed=0, cls=Algorithm, **options):
     """(policy, episodes) of a rollout; the memory holds "old tip" unless another is given."""
     memory = memory_of("old tip") if memory is None else memory
-    algorithm = Algorithm(Settings(**options))
+    algorithm = cls(Settings(**options))
     if isinstance(memory, TipMemory):
         memory.order = algorithm.order_tips
     policy = ToyPolicy()
@@ -465,6 +469,181 @@ def test_intrinsic_rewards_by_hand():
     later = walk("hall", "attic", "cellar")
     rollout.give_intrinsic_rewards([later], novelty, EMBED, algorithm)
     assert [turn.novelty for turn in later.turns] == [1 / 5, 1]
+
+
+# --- The seam: what a subclass can override -------------------------------------------------------
+def toy_learner(algorithm):
+    memory = memory_of("old tip")
+    memory.order = algorithm.order_tips
+    return SimpleNamespace(policy=ToyPolicy(), tip_memory=memory, novelty=NoveltyStore())
+
+
+def iterate(algorithm, learner=None, iteration=0, pool=(("task", 0), ("task", 1), ("task", 2))):
+    """(episodes, metrics) of an iteration that moves no weight."""
+    algorithm.s.learning_rate = 0.0
+    return train.iterate(
+        iteration,
+        learner or toy_learner(algorithm),
+        algorithm,
+        [ToyEnv(), ToyEnv()],
+        pool,
+        EMBED,
+        rollout.no_progress,
+    )
+
+
+def test_tips_can_be_retrieved_but_not_shown():
+    """Room is kept for them; prompts, modes, judging and metrics know of none."""
+
+    class Unshown(Algorithm):
+        def shown_tips(self, retrieved):
+            return []
+
+    algorithm = Unshown(Settings(memory_prob=1.0, group_size=2, tasks_per_iteration=1))
+    learner = toy_learner(algorithm)
+    episodes, metrics = iterate(algorithm, learner, pool=[("task", 0)])
+    assert not any("old tip" in shown for shown in learner.policy.shown)
+    told = rollout.tips_message(learner.policy, ["old tip"])
+    for e in episodes:
+        for t, turn in enumerate(e.turns):
+            assert (turn.retrieved, turn.retrieved_ids) == (["old tip"], told)
+            assert (turn.shown, turn.shown_ids) == ([], [])
+            assert turn.logps == [-len(e.prompt(t))]
+    draw_update_modes(episodes, Algorithm(Settings(offpolicy_prob=1.0)), np.random.default_rng(0))
+    assert not any(turn.offpolicy for e in episodes for turn in e.turns)
+    assert learner.tip_memory.slots["task/0"].trials[0] == 1, "the one that wrote it"
+    none = {"memory_turns": 0, "tips_shown": 0, "score_with_memory": None}
+    assert none.items() <= metrics.items() and metrics["score_without_memory"] is not None
+    # The first of two; and the last gives way where only one has room.
+    first = type("First", (Algorithm,), {"shown_tips": lambda self, retrieved: retrieved[:1]})
+    _, (e, *_) = play(memory=memory_of("bad", "good"), memory_prob=1.0, cls=first)
+    assert e.turns[0].retrieved == ["good", "bad"] and e.turns[0].shown == ["good"]
+    assert e.turns[0].logps == [-len(e.prompt(0, rollout.tips_message(ToyPolicy(), ["good"])))]
+    room = len(e.prompt(0, e.turns[0].shown_ids)) + 2
+    _, (e, *_) = play(
+        memory=memory_of("bad", "good"), memory_prob=1.0, cls=first, context=room, action_tokens=2
+    )
+    assert e.turns[0].retrieved == ["good"] and e.turns[0].tips_left_out == 1
+
+
+def test_which_tips_are_retrieved_and_in_which_order(monkeypatch):
+    """From the scores, trials and similarities of a slot."""
+    seen = []
+
+    class Lowest(Algorithm):
+        def order_tips(self, slot, similarity):
+            seen.append((list(slot.texts), list(slot.scores), len(similarity)))
+            return np.argsort(slot.scores)[: self.s.max_tips]
+
+    memory = memory_of("bad", "good", "best")
+    _, episodes = play(memory=memory, memory_prob=1.0, cls=Lowest, max_tips=2)
+    assert {tuple(turn.shown) for e in episodes for turn in e.turns} == {("bad", "good")}
+    assert seen[0] == (["bad", "good", "best"], [0, 1, 2], 3)
+    policy = SimpleNamespace(trainable=lambda: [torch.zeros(1, requires_grad=True)])
+    monkeypatch.setattr(train, "load_policy", lambda s, checkpoint: policy)
+    algorithm = Lowest(Settings(learning_rate=1.0, memory_capacity=7, novelty_threshold=0.3))
+    learner = train.make_learner(algorithm)
+    assert learner.tip_memory.order == algorithm.order_tips and learner.tip_memory.capacity == 7
+    assert learner.novelty.threshold == 0.3
+
+
+def test_which_tips_are_admitted():
+    """The best of a group; those that were shown are judged by all."""
+    offered = []
+
+    class Best(Algorithm):
+        def admitted(self, episodes):
+            offered.extend(episodes)
+            return [max(episodes, key=lambda e: e.score)]
+
+    memory = memory_of("old")
+    episodes = [finished(JOBS[0], score, tip, [["old"]]) for score, tip in zip((5, 9, 7), "ab ")]
+    episodes[2].tip = ""
+    rollout.store_tips(episodes, memory, EMBED, Best(Settings()))
+    assert offered == episodes[:2]
+    held = memory.slots["task/0"]
+    assert (held.texts, held.scores) == (["old", "b"], [0, 9])
+    assert (held.totals, held.trials) == ([0 + 5 + 9 + 7, 9], [4, 1])
+    none = type("None_", (Algorithm,), {"admitted": lambda self, episodes: []})
+    rollout.store_tips(episodes, memory, EMBED, none(Settings()))
+    assert held.texts == ["old", "b"] and held.trials == [7, 1]
+
+
+def test_an_intrinsic_reward_is_a_function_of_the_visits():
+    class Root(Algorithm):
+        def intrinsic_reward(self, n):
+            return n**-0.5
+
+    e = walk("hall", "kitchen", "hall", "hall")
+    rollout.give_intrinsic_rewards([e], NoveltyStore(), EMBED, Root(Settings(intrinsic_coef=2)))
+    assert [turn.novelty for turn in e.turns] == pytest.approx([1, 2**-0.5, 3**-0.5])
+    assert Root(Settings(intrinsic_coef=2)).episode_return(e) == pytest.approx(
+        2 * (1 + 2**-0.5 + 3**-0.5)
+    )
+
+
+def test_an_iteration_collects_groups_until_it_has_what_it_wants():
+    """Dynamic sampling: numbers go on, each task comes once before any comes again."""
+    rounds = []
+
+    class Twice(Algorithm):
+        def memory_mode(self, rng):
+            assert self.iteration == 5
+            return super().memory_mode(rng)
+
+        def collect(self, draw, play):
+            kept = []
+            for count in (1, 2, 1):
+                rounds.append(draw(count))
+                kept += play(rounds[-1])
+            return kept[2:]
+
+        def metrics(self, episodes):
+            return {"kept": len(episodes)}
+
+    algorithm = Twice(Settings(group_size=2, tasks_per_iteration=9))
+    learner = toy_learner(algorithm)
+    episodes, metrics = iterate(algorithm, learner, iteration=5)
+    jobs = [job for jobs in rounds for job in jobs]
+    assert [(job.group, job.member) for job in jobs] == [(g, m) for g in range(4) for m in (0, 1)]
+    assert [e.job for e in episodes] == jobs[2:] and metrics["kept"] == 6
+    assert {job.variation for job in jobs[:6]} == {0, 1, 2} and jobs[6].variation in (0, 1, 2)
+    assert (metrics["episodes"], metrics["episodes_dropped"]) == (6, 2)
+    assert len({tuple(turn.action for turn in e.turns) for e in episodes}) > 1
+    held = sum(len(slot.texts) for slot in learner.tip_memory.slots.values())
+    assert held == 1 + len({(e.job.variation, e.tip) for e in episodes})
+    assert sum(learner.novelty.slots["task/1"].counts) == sum(
+        len(e.turns) + 1 for e in episodes if e.job.variation == 1
+    )
+
+
+@pytest.mark.parametrize("level", ["turn", "episode", "batch"])
+@pytest.mark.parametrize("tips", [None, memory_of("old tip")])
+def test_an_evaluation_has_tips_if_it_is_given_a_memory_whatever_training_does(level, tips):
+    class Contrary(Algorithm):
+        def memory_mode(self, rng):
+            return tips is None
+
+        def shown_tips(self, retrieved):
+            return []
+
+    s = Settings(mode_level=level, memory_prob=0.5, eval_temperature=0.0)
+    algorithm = Contrary(s)
+    policy = ToyPolicy()
+    played = evaluation.evaluate(
+        policy,
+        [ToyEnv()],
+        [("task", 0)],
+        3,
+        algorithm,
+        np.random.default_rng(0),
+        tips=tips,
+        embed=EMBED,
+    )
+    assert {"old tip" in shown for shown in policy.shown} == {tips is not None}
+    assert {bool(turn.shown) for e in played for turn in e.turns} == {tips is not None}
+    assert policy.temperatures == {0.0} and algorithm.s is s and s.temperature == 1.0
+    assert algorithm.memory_mode(None) is (tips is None) and algorithm.shown_tips(["a"]) == []
 
 
 # --- `--rollout-batch` ----------------------------------------------------------------------------
