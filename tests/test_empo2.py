@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from toys import Bag, KnownOrder, drawn_episode
 
 import empo2
 import envs
@@ -15,27 +16,9 @@ import rollout
 from empo2 import Algorithm, Pair, group_advantages, hybrid_loss
 from engine import packing
 from engine.packing import pack
-from rollout import Episode, Job, Turn
 from settings import Settings
 
 YES = torch.tensor([[True]])
-
-
-def drawn_episode(turns=3, group=0, rewards=(), actions=()):
-    """System 1, header 5; turn t: observation 10+t, tips 30+t (none at turn 0), action 20+t, 9."""
-    rng = np.random.default_rng(group)
-    episode = Episode(Job("task", 0, group, 0), rng, 0, "text", [1], [5])
-    for t in range(turns):
-        turn = Turn(f"o{t}", [10 + t], shown_ids=[30 + t] if t else [], action_ids=[20 + t, 9])
-        turn.logps = [-1.0 - t, -0.5]
-        episode.turns.append(turn)
-    for turn, reward in zip(episode.turns, rewards, strict=False):
-        turn.reward = reward
-    for turn, action in zip(episode.turns, actions, strict=False):
-        turn.action_ids = action
-    for turn in episode.turns:
-        turn.past_ids = [*turn.observation_ids, 5, *turn.action_ids]
-    return episode
 
 
 # --- Eq. 2 ----------------------------------------------------------------------------------------
@@ -134,7 +117,7 @@ def test_equal_returns_give_exactly_zero_and_small_differences_do_not():
     "level, in_episode, in_batch", [("turn", 2, 2), ("episode", 1, 2), ("batch", 1, 1)]
 )
 def test_update_modes_are_drawn_at_their_level(level, in_episode, in_batch):
-    episodes = [drawn_episode(101, group) for group in range(60)]
+    episodes = [drawn_episode(41, group) for group in range(50)]
     shares = []
     for seed in range(20):
         s = Settings(mode_level=level, offpolicy_prob=0.6)
@@ -145,16 +128,6 @@ def test_update_modes_are_drawn_at_their_level(level, in_episode, in_batch):
         assert not any(e.turns[0].offpolicy for e in episodes)  # it had no tips
         shares.append(np.mean([turn.offpolicy for e in episodes for turn in e.turns[1:]]))
     assert np.mean(shares) == pytest.approx(0.6, abs=0.2 if level == "batch" else 0.03)
-
-
-@pytest.mark.parametrize("level", ["turn", "episode", "batch"])
-@pytest.mark.parametrize("q, expected", [(0.0, [False, False]), (1.0, [False, True])])
-def test_q_is_the_share_that_is_updated_off_policy(level, q, expected):
-    """Not its complement; the turn without tips is never off-policy."""
-    episode = drawn_episode(2)
-    s = Settings(mode_level=level, offpolicy_prob=q)
-    empo2.draw_update_modes([episode], Algorithm(s), np.random.default_rng(0))
-    assert [turn.offpolicy for turn in episode.turns] == expected
 
 
 def test_the_training_pairs_of_a_drawn_trajectory():
@@ -173,130 +146,10 @@ def test_the_training_pairs_of_a_drawn_trajectory():
 
 
 # --- The update -----------------------------------------------------------------------------------
-class Bag:
-    """Logits of the next token: a sum over the tokens that it sees, weighted by position."""
-
-    device = "cpu"
-
-    def __init__(self):
-        self.reference, weight = 0.1 * torch.randn(2, 40, 40, generator=torch.manual_seed(0))
-        self.weight = weight.requires_grad_()
-        self.scored = 0
-        self.shared = 0  # most tokens of a batch of several rows
-
-    def trainable(self):
-        return [self.weight]
-
-    def forget(self):
-        pass
-
-    def logprobs(self, ids, mask, temperature, positions=None, visible=None, reference=False):
-        weight = self.reference if reference else self.weight
-        self.scored += int(mask.sum())
-        self.shared = max(self.shared, ids.numel() * (len(ids) > 1))
-        if positions is None:
-            positions = torch.arange(ids.shape[1])
-            visible = torch.ones(ids.shape[1], ids.shape[1]).tril()
-        seen = visible.float() @ (weight[ids] * 0.9 ** positions[..., None])
-        of_all = (seen / temperature).log_softmax(-1)[:, :-1]
-        logp = of_all.gather(2, ids[:, 1:, None])[..., 0]
-        entropy = -(of_all.exp() * of_all).sum(-1)
-        return [torch.nn.functional.pad(values, (1, 0)) * mask for values in (logp, entropy)]
-
-    def of(self, prompt, action, temperature=1.0, reference=False):
-        """(log-probs, entropies) of an action, alone."""
-        ids = torch.tensor([prompt + action])
-        mask = torch.arange(ids.shape[1])[None] >= len(prompt)
-        scored = self.logprobs(ids, mask, temperature, reference=reference)
-        return [values[0, len(prompt) :] for values in scored]
-
-    def of_turn(self, e, t, *args):
-        """Log-probs under the numerator's prompt."""
-        turn = e.turns[t]
-        prompt = e.prompt(t, () if turn.offpolicy else turn.shown_ids)
-        return self.of(prompt, turn.action_ids, *args)[0]
-
-    def update(self, algorithm, episodes, lr=0.1, *args):
-        """A pass of SGD -> its metrics."""
-        sgd = torch.optim.SGD([self.weight], lr)
-        return empo2.update(self, sgd, episodes, algorithm, KnownOrder(), *args)
-
-
-class KnownOrder:
-    """A generator that shuffles in a known way."""
-
-    def random(self):
-        return 0.5
-
-    def permutation(self, n):
-        return [i for i in (2, 0, 3, 1, 4) if i < n]
-
-
-def plain_update(bag, advantages, episodes, s, lr):
-    """The update from its definition, turn by turn."""
-    old = {}
-    for e in episodes:
-        for t, turn in enumerate(e.turns):
-            old[id(turn)] = bag.of_turn(e, t, s.temperature).detach()
-            if turn.offpolicy and s.denominator == "tips":
-                old[id(turn)] = torch.tensor(turn.logps)
-    for step in ([2, 0], [3, 1], [4]):
-        objective = 0.0
-        tokens = 0
-        for i in step:
-            a = advantages[i]
-            for t, turn in enumerate(episodes[i].turns):
-                logp = bag.of_turn(episodes[i], t, s.temperature)
-                ref = bag.of_turn(episodes[i], t, s.temperature, True)
-                ratio = (logp - old[id(turn)]).exp()
-                term = torch.minimum(ratio * a, ratio.clamp(0.9, 1.05) * a)
-                if a < 0:
-                    term = term.clamp(min=1.2 * a)
-                kl = (ref - logp).exp() - 1 - (ref - logp)
-                objective += (term * (logp.exp() >= 0.018) - s.beta * kl).sum()
-                tokens += len(turn.action_ids)
-        (gradient,) = torch.autograd.grad(-objective / tokens, bag.weight)
-        with torch.no_grad():
-            bag.weight -= lr * gradient / max(1.0, gradient.norm() / s.max_grad_norm)
-
-
-@pytest.mark.parametrize("pack", ["episode", "group"])
-@pytest.mark.parametrize("micro_tokens", [None, 20])
-@pytest.mark.parametrize(
-    "denominator, beta, max_norm",
-    [("no-tips", 0.0, 9.0), ("no-tips", 0.2, 0.25), ("tips", 0.0, 9.0)],
-)
-def test_an_update_is_that_of_algorithm_1_turn_by_turn(
-    denominator, beta, max_norm, micro_tokens, pack
-):
-    """Three optimiser steps, so that ratios leave 1; one of them mixes in an episode without A."""
-    loss = {"clip_low": 0.1, "clip_high": 0.05, "clip_c": 1.2, "min_prob": 0.018, "beta": beta}
-    step = {"minibatch_episodes": 2, "micro_tokens": micro_tokens, "max_grad_norm": max_norm}
-    step["pack"] = pack
-    s = Settings(temperature=0.7, offpolicy_prob=0.7, denominator=denominator, **loss, **step)
-    draw = np.random.default_rng(134)  # all clips and the mask come up
-    episodes = []
-    for group, rewards in ((0, [6]), (1, [1, 4]), (0, [0, 0, 1]), (0, [0, 2]), (1, [5])):
-        actions = [[*draw.integers(20, 26, draw.integers(1, 4)).tolist(), 9] for _ in range(4)]
-        episodes.append(drawn_episode(1 + len(rewards), group, rewards, actions))
-        episodes[-1].rng = draw
-        for turn in episodes[-1].turns:
-            turn.logps = draw.uniform(-4.5, -3, len(turn.action_ids)).tolist()
-    returns = np.array([6.0, 1.0, 2.0])
-    a, b, c = ((returns - returns.mean()) / returns.std()).tolist()
-    bag, plain = Bag(), Bag()
-    metrics = bag.update(Algorithm(s), episodes, 0.3)
-    plain_update(plain, [a, 0.0, b, c, 0.0], episodes, s, 0.3)
-    torch.testing.assert_close(bag.weight, plain.weight, rtol=1e-3, atol=1e-4)
-    assert 0.1 < metrics["masked_fraction"] < 0.6
-    modes = {turn.offpolicy for turn in episodes[2].turns[1:3]}
-    assert modes == {True, False}, "a row that branches"
-    assert (bag.shared <= 20) == (micro_tokens is not None)
-    turns = [turn for e in episodes for turn in e.turns]
-    learnt = sum(len(turn.action_ids) for i in (0, 2, 3) for turn in episodes[i].turns)
-    given = denominator == "tips"
-    unknown = sum(len(turn.action_ids) for turn in turns if not (given and turn.offpolicy))
-    assert beta or bag.scored == unknown + learnt  # what has nothing to learn is not computed
+def update(bag, algorithm, episodes, lr=0.1, *progress):
+    """A pass of SGD -> its metrics."""
+    sgd = torch.optim.SGD([bag.weight], lr)
+    return empo2.update(bag, sgd, episodes, algorithm, KnownOrder(), *progress)
 
 
 def steps(episodes, s, cls=Algorithm):
@@ -339,7 +192,7 @@ def test_the_metrics_of_an_update():
     episodes[0].turns[1].logps[0] += 0.6
     s = Settings(offpolicy_prob=0.0, min_prob=0.0, minibatch_episodes=1)
     said = []
-    metrics = bag.update(Algorithm(s), episodes, 0.0, lambda *text: said.append(text))
+    metrics = update(bag, Algorithm(s), episodes, 0.0, lambda *text: said.append(text))
     assert said == [("update", x) for x in ("old log-probs", "step 1 of 2", "step 2 of 2")]
     assert metrics.pop("grad_norm") > 0
     expected = {"ratio": 1, "approx_kl": 0, "clipfrac": 0, "masked_fraction": 0}
@@ -354,7 +207,7 @@ def test_without_spread_nothing_is_learnt_and_the_metrics_say_so():
     before = bag.weight.clone()
     episode = drawn_episode(1)
     episode.turns[0].shown_ids = [30]
-    metrics = bag.update(Algorithm(Settings(offpolicy_prob=1.0)), [episode])
+    metrics = update(bag, Algorithm(Settings(offpolicy_prob=1.0)), [episode])
     assert torch.equal(bag.weight, before)
     nothing = {"grad_norm": 0.0, "optimizer_steps": 0, "zero_variance_groups": 1.0, "return": 0.0}
     assert metrics == nothing | {"sampler_gap": None, "sampler_gap_mean": None}
@@ -367,7 +220,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
         bag.weight[20] = math.inf
     before = bag.weight.clone()
     with pytest.raises(FloatingPointError, match="--learning-rate"):
-        bag.update(Algorithm(Settings(minibatch_episodes=1)), episodes, 1.0)
+        update(bag, Algorithm(Settings(minibatch_episodes=1)), episodes, 1.0)
     assert torch.equal(bag.weight, before)
 
 
@@ -408,7 +261,7 @@ def test_a_second_prompt_is_scored_and_advantages_are_of_tokens(options):
                 turn.expected = (with_tips - logp).detach()
                 objective += (turn.expected * logp).sum()
     (gradient,) = torch.autograd.grad(objective, plain.weight)
-    metrics = bag.update(Distil(s), episodes, 1.0)
+    metrics = update(bag, Distil(s), episodes, 1.0)
     tokens = 3 * (3 + 2)  # also of the turns without tips
     torch.testing.assert_close(bag.weight, plain.weight + gradient / tokens)
     for e in episodes:
@@ -465,7 +318,7 @@ def test_an_advantage_for_each_turn_or_token(wrong):
     algorithm = Algorithm(Settings())
     algorithm.advantages = lambda episodes: wrong
     with pytest.raises(ValueError, match="zip|broadcast"):
-        Bag().update(algorithm, [drawn_episode(2), drawn_episode(2)])
+        update(Bag(), algorithm, [drawn_episode(2), drawn_episode(2)])
 
 
 @pytest.mark.parametrize("micro_tokens", [None, 10])
@@ -496,7 +349,7 @@ def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
             objective += entropy.sum() + A * logp.sum()
     (gradient,) = torch.autograd.grad(objective, alone.weight)
     s.offpolicy_prob = 0.0
-    metrics = bag.update(Own(s), episodes, 1.0)
+    metrics = update(bag, Own(s), episodes, 1.0)
     torch.testing.assert_close(bag.weight, alone.weight + gradient / 12)  # 4 * 3 turns
     assert metrics["twice"] == 2 and sorted(seen) == pytest.approx([-1.0] * 2 + [1.0] * 5, abs=1e-5)
 
@@ -507,8 +360,8 @@ def test_clipping_and_metrics_are_of_the_ratio_of_the_algorithm():
             return 0 * logp + math.log(2.0)
 
     bag = Bag()
-    metrics = bag.update(
-        Twice(Settings(min_prob=0.0)), [drawn_episode(1, 0, [1.0]), drawn_episode(2)]
+    metrics = update(
+        bag, Twice(Settings(min_prob=0.0)), [drawn_episode(1, 0, [1.0]), drawn_episode(2)]
     )
     assert metrics["ratio"] == pytest.approx(2) and metrics["clipfrac"] == pytest.approx(2 / 6)
     assert metrics["loss"] == pytest.approx((-1.3 * 2 + 2 * 4) / 6, abs=1e-5)
