@@ -190,11 +190,12 @@ def test_the_metrics_of_an_update():
             turn.logps = logps.tolist()
             entropies.append(entropy.mean().item())
     episodes[0].turns[1].logps[0] += 0.6
+    scored = bag.scored  # keys and values are forgotten before anything else
     s = Settings(offpolicy_prob=0.0, min_prob=0.0, minibatch_episodes=1)
     said = []
     metrics = update(bag, Algorithm(s), episodes, 0.0, lambda *text: said.append(text))
     assert said == [("update", x) for x in ("old log-probs", "step 1 of 2", "step 2 of 2")]
-    assert metrics.pop("grad_norm") > 0
+    assert metrics.pop("grad_norm") > 0 and bag.scored_before == scored
     expected = {"ratio": 1, "approx_kl": 0, "clipfrac": 0, "masked_fraction": 0}
     expected |= {"loss": -1 / 3, "sampler_gap": 0.6, "sampler_gap_mean": 0.075, "return": 5 / 3}
     expected |= {"optimizer_steps": 2, "zero_variance_groups": 0.5}

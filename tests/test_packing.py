@@ -3,7 +3,6 @@
 import random
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -106,43 +105,11 @@ class NoModel:
         return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 1))
 
 
-def test_little_of_what_is_computed_is_padding():
-    """128 episodes of 30 turns, a few shorter; lengths as they are met in ScienceWorld."""
-    rng = np.random.default_rng(0)
-    turns = np.where(rng.random(128) < 0.7, 30, rng.integers(5, 30, 128))
-    observations = rng.choice(
-        [13, 14, 30, 60, 103, 235], (128, 30), p=[0.25, 0.3, 0.2, 0.1, 0.1, 0.05]
-    )
-    tips = rng.integers(90, 240, (128, 30)) * (rng.random((128, 30)) < 0.25)
-    actions = rng.integers(3, 8, (128, 30))
-    for with_tips in (False, True):
-        cache = DialogueCache()
-        dialogues = [[1] * 700 for _ in range(128)]
-        for t in range(30):
-            live = [lane for lane in range(128) if t < turns[lane]]
-            prompts = []
-            for lane in live:
-                dialogues[lane] += [2] * observations[lane, t]
-                prompts.append(dialogues[lane] + [3] * with_tips * tips[lane, t] + [4, 5, 6])
-                dialogues[lane] += [4, 5, 6] + [7] * actions[lane, t]
-            cache.extend(NoModel(), prompts, live)
-            for held, lane in zip(cache.held, live, strict=False):
-                held += [7] * actions[lane, t]  # as sampled
-        assert cache.tokens_computed <= 1.15 * cache.tokens_needed
-
-    onpolicy = tips * (rng.random((128, 30)) < 1 / 3)
-    for first in range(0, 128, 16):  # an optimiser step
-        rows = []
-        for lane in range(first, first + 16):
-            own = slice(turns[lane])
-            branches = onpolicy[lane, own]
-            length = 700 + (observations + actions)[lane, own].sum() + branches.sum()
-            rows.append(flat(length, is_sequence=not branches.any()))
-        for most in (6144, 16384):
-            computed = 0
-            for batch in micro_batches(rows, most):
-                computed += len(batch) * max(len(row.ids) for row in batch)
-            assert computed <= 1.15 * sum(len(row.ids) for row in rows)
+def test_prompts_of_like_lengths_are_computed_together():
+    cache = DialogueCache()
+    lengths = (10, 900, 11, 910, 905)
+    cache.extend(NoModel(), [[n] * n for n in lengths], range(5))
+    assert (cache.tokens_needed, cache.tokens_computed) == (sum(lengths), 2 * 11 + 3 * 910)
 
 
 def test_the_literal_tensors_of_a_batch():

@@ -64,6 +64,9 @@ class ToyEnv:
     def worker(self):
         return self.lane % 2  # called from two threads
 
+    def anchor(self):
+        return f"after {self.turns}"
+
     def reset(self, task, variation):
         self.variation = variation
         self.turns = self.score = 0
@@ -181,11 +184,14 @@ def test_a_simulator_that_does_not_start_is_tried_five_times():
 
     def reset(task, variation):
         tries.append(task)
-        raise EnvFault("no Java")
+        if len(tries) != 8:
+            raise EnvFault("no Java")
+        return "it does"
 
     with pytest.raises(RuntimeError, match="five times in a row: no Java"):
         rollout.load(SimpleNamespace(reset=reset), JOBS[0], EnvFault)
     assert len(tries) == 5
+    assert rollout.load(SimpleNamespace(reset=reset), JOBS[0], EnvFault) == "it does"
 
 
 def test_workers_are_called_at_the_same_time_and_each_in_the_order_of_its_lanes():
@@ -277,6 +283,42 @@ def test_a_rollout_first_forgets_the_keys_and_values_of_other_weights(monkeypatc
     assert prompts_before == [[]]
 
 
+def test_what_is_going_on_is_said():
+    said = []
+    policy = ToyPolicy()
+    worlds, rng = [ToyEnv(), ToyEnv()], np.random.default_rng(0)
+    algorithm = Algorithm(Settings(memory_prob=0.0))
+    waves = rollout.rollout(
+        policy,
+        worlds,
+        JOBS[:3],
+        None,
+        EMBED,
+        algorithm,
+        rng,
+        EnvFault,
+        lambda *text: said.append(text),
+    )
+    for wave in waves:
+        rollout.write_tips(policy, wave, algorithm.s, lambda *text: said.append(text))
+    turns = [("rollout", f"turn {t}") for t in (1, 2, 3, 4)]
+    wave = [("rollout", "loading"), *turns]
+    assert said == [*wave, ("tips", "2 episodes"), *wave, ("tips", "1 episodes")]
+
+
+@pytest.mark.parametrize("needs", [False, True])
+def test_the_state_that_an_action_is_taken_in_is_noted_if_asked_for(needs):
+    cls = type("Own", (Algorithm,), {"needs_anchors": needs})
+    _, (e, *_) = play(cls=cls)
+    assert [turn.anchor for turn in e.turns] == [f"after {t}" * needs for t in range(4)]
+
+
+def test_the_episodes_of_all_processes_come_in_the_order_of_their_jobs():
+    order = [(1, 0), (0, 1), (1, 1), (0, 0)]
+    episodes = [SimpleNamespace(job=Job("task", 0, *numbers)) for numbers in order]
+    assert [e.job[2:] for e in rollout.gather(episodes)] == sorted(order)
+
+
 # --- Tips -----------------------------------------------------------------------------------------
 def test_a_tip_is_written_from_the_whole_tip_free_episode():
     s = Settings()
@@ -289,6 +331,10 @@ def test_a_tip_is_written_from_the_whole_tip_free_episode():
     assert policy.shown == [f"{dialogue}<u:seen{d}\n\n{request}>A"] and "21 of 100" in request
     assert e.tip.isdigit() and not e.tip_cut
 
+    answers = [[*map(ord, "to " * 99), STOP]] * 3
+    policy.sample = lambda *_: (answers, None)
+    rollout.write_tips(policy, [e, other, silent], s)
+    assert not e.tip_cut and len(e.tip.split()) == 99
     answers = [[*map(ord, "to " * 100), STOP], [ord("x")], [ord(" "), STOP]]
     policy.sample = lambda *_: (answers, None)
     rollout.write_tips(policy, [e, other, silent], s)
@@ -400,9 +446,10 @@ def test_with_the_task_as_key_a_tip_is_at_hand_in_every_state():
 def test_actions_and_tips_are_sampled_at_the_temperature_of_training():
     options = {"temperature": 0.7, "action_tokens": 5, "tip_tokens": 6}
     policy, episodes = play(**options)
+    assert {(temperature, most) for temperature, _, most in policy.asked} == {(0.7, 5)}
+    policy.asked.clear()
     rollout.write_tips(policy, episodes, Settings(**options))
-    *actions, tips = [(temperature, most) for temperature, _, most in policy.asked]
-    assert set(actions) == {(0.7, 5)} and tips == (0.7, 6)
+    assert {(temperature, most) for temperature, _, most in policy.asked} == {(0.7, 6)}
 
 
 # --- Intrinsic rewards ----------------------------------------------------------------------------
@@ -608,32 +655,16 @@ def test_an_evaluation_has_tips_if_it_is_given_a_memory_whatever_training_does(l
 # --- `--rollout-batch` ----------------------------------------------------------------------------
 @pytest.mark.parametrize("level", ["turn", "episode", "batch"])
 def test_the_number_of_environments_changes_no_draw(level):
+    s = Settings(memory_prob=0.5, mode_level=level)
+
     def everything(lanes):
-        _, episodes = play(memory_prob=0.5, mode_level=level, lanes=lanes)
-        return [(e.turns, e.score, e.ended, e.rng.random()) for e in episodes]
+        worlds = [ToyEnv() for _ in range(lanes)]
+        learner = toy_learner(Algorithm(s))
+        rng = np.random.default_rng(0)
+        played = train.explore(learner, worlds, JOBS, EMBED, Algorithm(s), rng, rollout.no_progress)
+        return [(e.turns, e.score, e.ended, e.tip, e.rng.random()) for e in played]
 
     assert everything(1) == everything(2) == everything(3) == everything(5)
-
-
-def test_the_number_of_environments_changes_no_action_of_a_model():
-    policy = Policy.load(str(ROOT / "standin" / "house"))
-    s = Settings(memory_prob=0.5, tip_tokens=40, tip_threshold=0.0)
-    algorithm = Algorithm(s)
-    jobs = [Job("radio", variation, 0, 0) for variation in (0, 0, 1, 2, 0)]
-    memory = TipMemory()
-    memory.order = algorithm.order_tips
-    memory.add(EMBED(["turn on the radio"])[0], "The radio was not found.", 0, "radio/0")
-    played = []
-    for lanes in (2, 3, 5):
-        envs = [make("house", step_limit=3) for _ in range(lanes)]
-        rng = np.random.default_rng(0)
-        actions = []
-        for wave in rollout.rollout(policy, envs, jobs, memory, EMBED, algorithm, rng, EnvFault):
-            rollout.write_tips(policy, wave, s)
-            for e in wave:
-                actions.append([(turn.shown, turn.action_ids) for turn in e.turns] + [e.tip])
-        played.append(actions)
-    assert played[0] == played[1] == played[2]
 
 
 def an_episode(rng, history):

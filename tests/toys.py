@@ -39,7 +39,7 @@ class Bag:
         return [self.weight]
 
     def forget(self):
-        pass
+        self.scored_before = self.scored
 
     def logprobs(self, ids, mask, temperature, positions=None, visible=None, reference=False):
         weight = self.reference if reference else self.weight
