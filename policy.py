@@ -35,6 +35,7 @@ from engine.hardware import find_place
 ROOT = Path(__file__).parent
 END_OF_TURN = "<|im_end|>"
 END_OF_THOUGHT = "</think>"
+OPTIONS = "load_in_4bit gradient_checkpointing decode_graph lora_r lora_alpha seed".split()
 HEAD_CHUNK = 256  # action tokens whose [vocab] logits exist at the same time
 
 
@@ -363,12 +364,7 @@ def load_policy(s, adapter=None):
             adapter=adapter,
             device=find_place().device,
             dtype=s.dtype or "float32",
-            load_in_4bit=s.load_in_4bit,
-            gradient_checkpointing=s.gradient_checkpointing,
-            decode_graph=s.decode_graph,
-            lora_r=s.lora_r,
-            lora_alpha=s.lora_alpha,
-            seed=s.seed,
+            **{name: getattr(s, name) for name in OPTIONS},
         )
     except ValueError as error:
         if adapter and str(error).startswith((name, str(adapter))):

@@ -75,6 +75,20 @@ def pack(pairs):
     return row
 
 
+def pack_rows(episodes, indexes, s, chosen):
+    """Rows of some episodes' pairs. chosen: a turn's pair -> the pairs to be packed, a list."""
+    packs = {}  # what goes into a row
+    for index in indexes:
+        for t, turn in enumerate(episodes[index].turns):
+            key = index
+            if s.pack == "group":
+                key = episodes[index].job.group
+            elif s.history:  # these prompts share little, and a row of one needs no mask
+                key = (index, t)
+            packs.setdefault(key, []).extend(chosen(turn.pair))
+    return [pack(pairs) for pairs in packs.values() if pairs]
+
+
 def visibility(ends):
     """Who sees whom: bool [B, L, L] (query, key) from ends [B, L].
 

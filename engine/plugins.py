@@ -28,7 +28,7 @@ def find_class(name, base, folder):
         path = ROOT / folder / f"{name}.py"
         known = sorted(file.stem for file in path.parent.glob("*.py"))
         if name not in known:
-            raise unknown(f"name in {folder}/", name, [*known, "path/to/file.py"])
+            raise unknown(base.__name__.lower(), name, [*known, "path/to/file.py"])
     if not path.is_file():
         raise ValueError(f"{name}: there is no such file")
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()

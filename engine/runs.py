@@ -24,24 +24,12 @@ except ImportError:
     raise SystemExit("Linux or macOS is needed; on Windows use WSL") from None
 
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
-STORED = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.pt",
-    "tips.npz",
-    "novelty.npz",
-)
+STORED = ("adapter_model.safetensors adapter_config.json optimizer.pt tips.npz novelty.npz").split()
 # What may change on --resume, beside a larger --iterations.
 RESUMABLE = (
-    "rollout_batch",
-    "micro_tokens",
-    "dtype",
-    "load_in_4bit",
-    "gradient_checkpointing",
-    "decode_graph",
-    "save_every",
-    "report_to",
-)
+    "rollout_batch micro_tokens dtype load_in_4bit gradient_checkpointing decode_graph save_every"
+    " report_to"
+).split()
 KEPT = 2  # how many of the newest checkpoints are kept, beside the best evaluated
 
 

@@ -24,17 +24,8 @@ from engine.errors import first_line
 
 # What loading damaged files raises.
 UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    EOFError,
-    pickle.UnpicklingError,
-    struct.error,
-    SafetensorError,
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+    *(EOFError, pickle.UnpicklingError, struct.error, SafetensorError),
 )
 OPTIONAL = {
     "_raise_exceptions_for_missing_entries": False,
