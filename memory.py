@@ -5,12 +5,11 @@ unit vectors made by an embedder, so that cosine similarity is a matrix product.
 scikit-learn only.
 """
 
-import json
-import os
 from dataclasses import dataclass
-from zipfile import BadZipFile
 
 import numpy as np
+
+from engine.storage import read, write
 
 ROUNDING = 1e-6  # a float32 unit vector times itself may be 0.9999999
 
@@ -200,34 +199,6 @@ class NoveltyStore:
     def load(self, path):
         """Replace the content by that of a file. Raises ValueError if it is damaged."""
         self.slots = {name: StateSlot(keys, counts) for name, keys, counts in read(path)}
-
-
-def write(path, keys, rest):
-    """One .npz without pickle: the keys of all slots one after another, and the rest as JSON."""
-    meta = [[name, len(slot_keys), rest[name]] for name, slot_keys in keys.items()]
-    stacked = np.vstack(list(keys.values())) if keys else np.empty((0, 0), np.float32)
-    with open(f"{path}.tmp", "wb") as file:
-        blob = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-        np.savez_compressed(file, keys=stacked, meta=blob)
-    os.replace(f"{path}.tmp", path)  # a reader never sees half a file
-
-
-def read(path):
-    """[(slot, keys [n, d], rest)] of a file that `write` made."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            stacked = file["keys"]
-            meta = json.loads(file["meta"].tobytes())
-        slots = []
-        first = 0
-        for name, count, rest in meta:
-            slots.append((name, stacked[first : first + count], rest))
-            first += count
-        if first != len(stacked):
-            raise ValueError("its parts do not fit together")
-        return slots
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path}: damaged or missing memory file ({error})") from error
 
 
 def embedder(name="hashing"):
