@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from settings import QWEN
+
 # A cache that grows leaves gaps too small to use. Drop this when it is torch's default.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before CUDA starts
 # On H100, torch 2.13 prefers cuDNN's attention, which makes a plan for each length of keys. That
@@ -39,7 +41,7 @@ def find_place():
 STANDIN = "a tiny stand-in for a language model; its scores are no result"
 # setting: with a GPU, why; without one, why. None: computed in `defaults`.
 CHOICES = {
-    "model": ("Qwen/Qwen2.5-7B-Instruct", "the paper's model", "standin", STANDIN),
+    "model": (QWEN, "the paper's model", "standin", STANDIN),
     "tasks_per_iteration": (16, "the paper's", 1, "a small iteration for a CPU"),
     "iterations": (200, "the paper's 200-250", 10, "a few minutes"),
     "learning_rate": (1e-5, "usual for LoRA at 7B", 1e-3, "for a tiny model"),
