@@ -15,7 +15,7 @@ ROUNDING = 1e-6  # a float32 unit vector times itself may be 0.9999999
 
 
 def with_room(keys, count):
-    """`keys` [room, d] with room for one more than `count`; doubled, so that filling is linear."""
+    """`keys` [room, d] with room for one more than `count`: doubled when full."""
     if count < len(keys):
         return keys
     return np.vstack([keys, np.zeros((count + 1, keys.shape[1]), np.float32)])
@@ -29,7 +29,7 @@ class TipSlot:
     texts: list[str]
     scores: list[float]
     totals: list[float]  # the sum of the scores of the episodes that wrote a tip or were shown it
-    trials: list[int]  # how many these are
+    trials: list[int]  # the number of these episodes
 
 
 def best_first(slot, similarity, threshold=0.5, max_tips=10, rank="score"):
@@ -83,7 +83,7 @@ class TipMemory:
         held.trials.append(1)
 
     def judge(self, texts, score, slot):
-        """An episode that was shown these tips of the slot ended with this score."""
+        """Count the score of an episode that was shown these tips of the slot."""
         for text in texts:
             held = self.slots[slot]
             if text in held.texts:
@@ -127,17 +127,17 @@ class StateSlot:
     """Distinct states."""
 
     keys: np.ndarray  # [room, d] float32, of which the first len(counts) are used
-    counts: list[int]  # how often each was met
+    counts: list[int]  # visits of each
 
     def visit(self, key, threshold, capacity):
-        """Count a visit to the state `key` [d] -> how often it has been met now.
+        """Count a visit to the state `key` [d] -> its visits so far.
 
-        It counts for the most similar state, if that is similar enough; else it is a new one.
-        Beyond the capacity a new one takes the place of that met least, the oldest of equals.
+        The visit goes to the most similar known state at or above the threshold, else to a new one.
+        At capacity the least visited state is replaced (ties: the oldest).
         """
         keys = self.keys[: len(self.counts)]
         similarity = keys @ key  # [m]
-        if not key.any():  # a text without words is like nothing but another such text
+        if not key.any():  # a text without words resembles only another one
             similarity = 1.0 - keys.any(axis=1)
         if len(similarity) and similarity.max() >= threshold - ROUNDING:
             index = int(similarity.argmax())
@@ -155,7 +155,7 @@ class StateSlot:
 
 
 class NoveltyStore:
-    """Distinct states and how often each was met.
+    """Distinct states and the visits of each.
 
     threshold: cosine similarity from which two states count as the same. capacity: states per slot.
     """

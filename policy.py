@@ -18,7 +18,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-# Said to every user without a GPU, and nothing that a user could act on.
+# Shown to every user without a GPU, who can do nothing about it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
@@ -144,7 +144,7 @@ class Policy:
         """Sample one continuation of each prompt.
 
         prompts: B lists of ids, any lengths. uniforms: [B, n] numbers in [0, 1), one for each token
-        that may be sampled: the same numbers give the same tokens, whoever is sampled beside.
+        that may be sampled: the same numbers give the same tokens, regardless of the other prompts.
         temperature: 0 = greedy. lanes: the number of each one's dialogue in the key-value cache;
         what a prompt shares with what its dialogue holds is not computed again. None: nothing is
         kept.
@@ -207,7 +207,7 @@ class Policy:
         self.model.train(torch.is_grad_enabled())  # where checkpointing saves memory
         base = self.model.get_base_model()
         adapter = self.model.disable_adapter() if reference else nullcontext()
-        # Padding on the right needs no mask: causality alone keeps it from all that counts.
+        # Padding on the right needs no mask: causal attention never looks at it.
         attention_mask = None if visible is None else visible[:, None]
         with self.autocast(), adapter:
             hidden = base.model(
@@ -228,7 +228,7 @@ class Policy:
             entropies = []
             chunks = zip(before.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
             for states, target in chunks:
-                if torch.is_grad_enabled():  # the logits are made again in the backward pass
+                if torch.is_grad_enabled():  # the backward pass recomputes the logits
                     logp, entropy = checkpoint(head, states, target, use_reentrant=False)
                 else:
                     logp, entropy = head(states, target)
@@ -260,7 +260,7 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def fingerprint(self):
-        """Checksum of the tokenizer: with another one the same text is other ids."""
+        """Checksum of the tokenizer, which decides what ids a text has."""
         parts = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return hashlib.sha256(repr((*parts, self.stop_ids)).encode()).hexdigest()
 
@@ -279,7 +279,7 @@ def inverse_cdf(logp, uniform):
     cdf = logp.double().exp().cumsum(-1)  # fp64: 150,000 roundings would show in fp32
     uniform = uniform[:, None].double() * cdf[:, -1:]
     token = torch.searchsorted(cdf, uniform, right=True)[:, 0]
-    return token.clamp(max=logp.shape[1] - 1)  # for NaN, which is told later: no wait here
+    return token.clamp(max=logp.shape[1] - 1)  # NaN: `sample` reports it
 
 
 def load_policy(s, adapter=None):

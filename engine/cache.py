@@ -24,10 +24,10 @@ class DialogueCache:
 
     def __init__(self):
         self.layers = {}  # layer -> [keys, values], each [dialogues, positions, heads, d]
-        self.dialogues = 0  # how many there is room for
-        self.positions = 0  # how long each of them may be
+        self.dialogues = 0  # how many fit
+        self.positions = 0  # most tokens of each
         self.lanes = []  # which dialogue is at each index
-        self.held = []  # the ids that it holds
+        self.held = []  # its ids
         self.steps = {}  # of decode.py; what is recorded holds while the tensors stay in place
         self.adapter = None  # of decode.py, too
         self.tokens_needed = 0  # of prompts; what they share with what was held is not counted
@@ -78,7 +78,7 @@ class DialogueCache:
                 store[copies, :width] = store[origins, :width]
 
     def append(self, model, tokens, positions, width):
-        """Add a token [B] to each of the first B dialogues -> states [B, d]. Device work alone.
+        """Add a token [B] to each of the first B dialogues -> states [B, d]. Never waits.
 
         positions [B]: where it goes, below `width` - 1; -1 = nowhere.
         """

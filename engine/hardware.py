@@ -1,4 +1,4 @@
-"""The machine, and what is decided by it."""
+"""Defaults that depend on the machine."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import torch
 
 from settings import QWEN
 
-# A cache that grows leaves gaps too small to use. Drop this when it is torch's default.
+# A growing cache fragments memory. Drop this when it is torch's default.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before CUDA starts
 # On H100, torch 2.13 prefers cuDNN's attention, which makes a plan for each length of keys. That
 # may cost minutes an iteration (not measured). Drop this when it prefers flash attention again.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PASS = 400  # tokens that a forward pass costs beside its own: a guess, which changes time alone
+PASS = 400  # cost of a forward pass, in tokens: a guess that affects time only
 
 
 @dataclass

@@ -143,7 +143,7 @@ def save_checkpoint(run_dir, iteration, learner, s):
         flush(*folder.iterdir(), folder)
         os.rename(folder, final)
         flush(run_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:  # words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
             f"{final} could not be written; is the disk full? Those before it are intact "
@@ -155,7 +155,7 @@ def save_checkpoint(run_dir, iteration, learner, s):
 
 
 def flush(*paths):
-    """Have files and folders on the disk before anything older is removed: power may fail."""
+    """Write files and folders to the disk before anything older is removed: power may fail."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
