@@ -89,11 +89,19 @@ class Batch:
     entropy: torch.Tensor | None = None  # of π_θ at each token, in nats, with its gradient
     ref_logp: torch.Tensor | None = None  # under π_ref, if `beta` asks for it
 
+    def action_sum(self, values):
+        """For each token the sum of `values` [B, L] over its action; 0 outside the mask."""
+        index = self.action_of[self.mask]
+        sums = values.new_zeros(len(index)).index_add(0, index, values[self.mask])
+        return torch.zeros_like(values).masked_scatter(self.mask, sums[index])
+
+    def action_length(self):
+        """For each token how many its action has, [B, L]; 1 outside the mask."""
+        return self.action_sum(self.mask.float()).clamp(min=1)
+
     def action_mean(self, values):
         """For each token the mean of `values` [B, L] over its action; 0 outside the mask."""
-        index = self.action_of[self.mask]
-        sums = values.new_zeros(index.max() + 1).index_add(0, index, values[self.mask])
-        return torch.zeros_like(values).masked_scatter(self.mask, (sums / index.bincount())[index])
+        return self.action_sum(values) / self.action_length()
 
 
 # --- The method -----------------------------------------------------------------------------------
