@@ -68,28 +68,28 @@ class TipMemory:
         """
         if slot not in self.slots:
             self.slots[slot] = TipSlot(np.empty((0, len(key)), np.float32), [], [], [], [])
-        held = self.slots[slot]
-        if text in held.texts:
+        stored = self.slots[slot]
+        if text in stored.texts:
             self.judge([text], score, slot)
             return
-        if len(held.texts) == self.capacity:  # the oldest goes
-            held.keys[: self.capacity - 1] = held.keys[1 : self.capacity]
-            del held.texts[0], held.scores[0], held.totals[0], held.trials[0]
-        held.keys = with_room(held.keys, len(held.texts))
-        held.keys[len(held.texts)] = key
-        held.texts.append(text)
-        held.scores.append(float(score))
-        held.totals.append(float(score))
-        held.trials.append(1)
+        if len(stored.texts) == self.capacity:  # the oldest goes
+            stored.keys[: self.capacity - 1] = stored.keys[1 : self.capacity]
+            del stored.texts[0], stored.scores[0], stored.totals[0], stored.trials[0]
+        stored.keys = with_room(stored.keys, len(stored.texts))
+        stored.keys[len(stored.texts)] = key
+        stored.texts.append(text)
+        stored.scores.append(float(score))
+        stored.totals.append(float(score))
+        stored.trials.append(1)
 
     def judge(self, texts, score, slot):
         """Count the score of an episode that was shown these tips of the slot."""
         for text in texts:
-            held = self.slots[slot]
-            if text in held.texts:
-                index = held.texts.index(text)
-                held.totals[index] += score
-                held.trials[index] += 1
+            stored = self.slots[slot]
+            if text in stored.texts:
+                index = stored.texts.index(text)
+                stored.totals[index] += score
+                stored.trials[index] += 1
 
     def retrieve(self, key, slot):
         """Texts of the tips of the slot for `key` [d], best first.
@@ -102,9 +102,9 @@ class TipMemory:
         """
         if slot not in self.slots:
             return []
-        held = self.slots[slot]
-        similarity = held.keys[: len(held.texts)] @ np.float32(key)  # [n]
-        return [held.texts[i] for i in self.order(held, similarity)]
+        stored = self.slots[slot]
+        similarity = stored.keys[: len(stored.texts)] @ np.float32(key)  # [n]
+        return [stored.texts[i] for i in self.order(stored, similarity)]
 
     def save(self, path):
         """Write the content to a .npz file."""
@@ -180,8 +180,8 @@ class NoveltyStore:
         """
         scratch = StateSlot(np.zeros((0, len(keys[0])), np.float32), [])
         if slot in self.slots:
-            held = self.slots[slot]
-            scratch = StateSlot(held.keys[: len(held.counts)].copy(), list(held.counts))
+            stored = self.slots[slot]
+            scratch = StateSlot(stored.keys[: len(stored.counts)].copy(), list(stored.counts))
         return [scratch.visit(key, self.threshold, self.capacity) for key in np.float32(keys)]
 
     def add(self, keys, slot):

@@ -113,8 +113,8 @@ def run(argv, parse, train):
         processes.start()
         s, notes = parse(argv)
         run_dir = Path(s.run_dir)
-        with ExitStack() as held:
-            found = processes.from_first(runs.open_run, s, notes, settings.given(argv), held)
+        with ExitStack() as stack:
+            found = processes.from_first(runs.open_run, s, notes, settings.given(argv), stack)
             s, start = found
             done = train(s, run_dir, start)
         if done < s.iterations:

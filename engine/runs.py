@@ -34,16 +34,16 @@ KEPT = 2  # how many of the newest checkpoints are kept, beside the best evaluat
 
 
 # --- The directory --------------------------------------------------------------------------------
-def open_run(s, notes, names, held):
+def open_run(s, notes, names, stack):
     """Hold the run's directory -> (settings, the checkpoint to go on from or None).
 
-    notes: lines to print for a new run. names: the settings that the command line gives. held: an
+    notes: lines to print for a new run. names: the settings that the command line gives. stack: an
     ExitStack.
     """
     run_dir = Path(s.run_dir)
     if s.resume and not run_dir.is_dir():
         raise ValueError(f"{run_dir} does not exist; nothing to resume")
-    held.enter_context(locked(run_dir))
+    stack.enter_context(locked(run_dir))
     start = None
     if s.resume:
         s, start = continue_run(run_dir, s, names)

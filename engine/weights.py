@@ -54,10 +54,10 @@ def load_model(name, device, dtype, load_in_4bit):
         return merged(name, device, dtype, load_in_4bit)
     tokenizer = load_tokenizer(name)
     model = load_weights(name, device, dtype, load_in_4bit)
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    entries = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > entries:
         raise ValueError(
-            f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {rows}"
+            f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {entries}"
         )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks weights; training raises
