@@ -132,7 +132,9 @@ def announce(cells, waiting, jobs, minutes):
     said = f"{len(cells)} runs, {len(waiting)} of them to do, {jobs} at a time"
     if minutes:
         hours = math.ceil(len(waiting) / jobs) * minutes / 60
-        said += f": about {hours:.1f} hours, at {minutes:g} minutes a run, two cores of an Intel Xeon"
+        said += (
+            f": about {hours:.1f} hours, at {minutes:g} minutes a run, two cores of an Intel Xeon"
+        )
     print(said, flush=True)
 
 
