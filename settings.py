@@ -257,19 +257,35 @@ def of_algorithm(name):
     return algorithm.Settings, algorithm.preset
 
 
-def config_words(path):
-    """The settings in a YAML file, as words of a command line. Raises ValueError."""
+def read_config(path):
+    """The mapping in a YAML file of settings. Raises ValueError."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        pairs = list(content.items())
+        return dict(content.items())
     except (OSError, yaml.YAMLError, AttributeError, UnicodeError) as error:
         raise ValueError(
             f"--config {path}: is no YAML file of settings ({first_line(error)})"
         ) from error
+
+
+def config_words(path):
+    """The settings in a YAML file, as words of a command line; `sweep` is experiments/sweep.py's."""
+    content = read_config(path)
+    content.pop("sweep", None)
+    return as_words(content)
+
+
+def as_words(mapping):
+    """Settings as words of a command line.
+
+    >>> as_words({"lora_r": 4, "tasks": ["fan", "radio"], "load_in_4bit": True})
+    ['--lora-r', '4', '--tasks', 'fan', 'radio', '--load-in-4bit']
+    """
     words = []
-    for name, value in pairs:
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    for name, value in mapping.items():
+        words.append(f"--{name}".replace("_", "-"))
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
     return words
 
 
