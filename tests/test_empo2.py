@@ -12,8 +12,7 @@ import envs
 import memory
 import policy
 import rollout
-from algorithms.gigpo import gigpo_advantages
-from empo2 import group_advantages, grpo_advantages, hybrid_loss
+from empo2 import Algorithm, Pair, group_advantages, hybrid_loss
 from engine import packing
 from rollout import Episode, Job, Turn
 from settings import Settings
@@ -26,7 +25,7 @@ def drawn_episode(turns=3, group=0, rewards=(), actions=()):
     rng = np.random.default_rng(group)
     episode = Episode(Job("task", 0, group, 0), rng, 0, "text", [1], [5])
     for t in range(turns):
-        turn = Turn(f"o{t}", [10 + t], tip_ids=[30 + t] if t else [], action_ids=[20 + t, 9])
+        turn = Turn(f"o{t}", [10 + t], shown_ids=[30 + t] if t else [], action_ids=[20 + t, 9])
         turn.logps = [-1.0 - t, -0.5]
         episode.turns.append(turn)
     for turn, reward in zip(episode.turns, rewards, strict=False):
@@ -45,7 +44,8 @@ def loss_of_one(p, p_old, advantage, ref=None, **options):
     old = torch.tensor([[math.log(p_old)]], dtype=torch.float64)
     advantages = torch.tensor([[advantage]], dtype=torch.float64)
     ref_logp = None if ref is None else torch.tensor([[math.log(ref)]], dtype=torch.float64)
-    loss, metrics = hybrid_loss(logp, old, advantages, YES, Settings(**options), ref_logp)
+    s = Settings(**options)
+    loss, metrics = hybrid_loss(logp, logp - old, advantages, YES, s, ref_logp)
     loss.backward()
     return loss.item(), logp.grad.item(), metrics
 
@@ -73,7 +73,7 @@ def test_each_branch_of_the_loss_by_hand(p, p_old, advantage, loss, slope, clipp
     assert got == pytest.approx([loss, slope], abs=1e-9)
     ratio = p / p_old
     expected = {"ratio": ratio, "approx_kl": ratio - 1 - math.log(ratio), "clipfrac": clipped}
-    assert metrics == pytest.approx(expected | {"masked_fraction": masked, "loss": loss}, abs=1e-9)
+    assert metrics == pytest.approx(expected | {"masked_fraction": masked}, abs=1e-9)
 
 
 def test_the_mask_keeps_delta_itself_and_can_be_off():
@@ -85,11 +85,12 @@ def test_values_outside_the_mask_do_not_matter_even_if_infinite():
     logp = torch.tensor([[math.log(0.5), -math.inf, 3.0]], requires_grad=True)
     old = torch.tensor([[math.log(0.5), 5.0, math.inf]])
     mask = torch.tensor([[True, False, False]])
-    loss, metrics = hybrid_loss(logp, old, torch.ones(1, 3), mask, Settings(beta=0.5), old)
-    loss.backward()
-    assert loss.item() == pytest.approx(-1) and logp.grad.tolist() == [[-1.0, 0.0, 0.0]]
+    s = Settings(beta=0.5)
+    loss, metrics = hybrid_loss(logp, logp - old, torch.ones(1, 3), mask, s, old)
+    loss.sum().backward()
+    assert loss.tolist() == [[pytest.approx(-1), 0, 0]] and logp.grad.tolist() == [[-1.0, 0.0, 0.0]]
     expected = {"ratio": 1, "approx_kl": 0, "clipfrac": 0, "masked_fraction": 0, "kl_ref": 0}
-    assert metrics == pytest.approx(expected | {"loss": -1}, abs=1e-6)
+    assert metrics == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_kl_term_is_the_kl_in_expectation_over_a_vocabulary_of_five():
@@ -114,7 +115,7 @@ def test_advantages_by_hand_per_group_of_episodes():
     long.turns[1].novelty = 0.5
     s = Settings(intrinsic_coef=2.0, advantage_eps=5.0)
     # Returns 0 and 10 (9 + 2 * 0.5): mean 5, std 5, and 5 more in the denominator.
-    assert grpo_advantages([short, alone, long], s) == [[-0.5], [0.0, 0.0], [0.5] * 3]
+    assert Algorithm(s).advantages([short, alone, long]) == [[-0.5], [0.0, 0.0], [0.5] * 3]
     got = group_advantages([0.0, 10.0, 5.0, 5.0], [7, 7, 3, 7])
     sigma = math.sqrt(50 / 3)  # of 0, 10, 5 around 5
     assert got.tolist() == pytest.approx([-5 / sigma, 5 / sigma, 0.0, 0.0], rel=1e-5)
@@ -136,7 +137,7 @@ def test_update_modes_are_drawn_at_their_level(level, in_episode, in_batch):
     shares = []
     for seed in range(20):
         s = Settings(mode_level=level, offpolicy_prob=0.6)
-        empo2.draw_update_modes(episodes, s, np.random.default_rng(seed))
+        empo2.draw_update_modes(episodes, Algorithm(s), np.random.default_rng(seed))
         drawn = [{turn.offpolicy for turn in e.turns[1:]} for e in episodes]
         assert {len(modes) for modes in drawn} == {in_episode}
         assert len(set.union(*drawn)) == in_batch
@@ -151,7 +152,7 @@ def test_q_is_the_share_that_is_updated_off_policy(level, q, expected):
     """Not its complement; the turn without tips is never off-policy."""
     episode = drawn_episode(2)
     s = Settings(mode_level=level, offpolicy_prob=q)
-    empo2.draw_update_modes([episode], s, np.random.default_rng(0))
+    empo2.draw_update_modes([episode], Algorithm(s), np.random.default_rng(0))
     assert [turn.offpolicy for turn in episode.turns] == expected
 
 
@@ -159,15 +160,14 @@ def test_the_training_pairs_of_a_drawn_trajectory():
     """Turn 0 without memory, turn 1 with memory on-policy, turn 2 with memory off-policy."""
     episode = drawn_episode()
     episode.turns[2].offpolicy = True
-    for t, turn in enumerate(episode.turns):
-        turn.advantage = t / 2
-    plain, on_policy, off_policy = empo2.training_pairs(episode, Settings())
-    assert plain == empo2.Pair([1, 10, 5], [20, 9], 0.0, None, [-1.0, -0.5])
+    plain, on_policy, off_policy = Algorithm(Settings()).training_pairs(episode)
+    assert plain == Pair([1, 10, 5], [20, 9], None, [-1.0, -0.5])
     prompt = [1, 10, 5, 20, 9, 11, 31, 5]  # its own tips, and its end of turn is learnt
-    assert on_policy == empo2.Pair(prompt, [21, 9], 0.5, None, [-2.0, -0.5])
+    assert on_policy == Pair(prompt, [21, 9], None, [-2.0, -0.5])
     prompt = [1, 10, 5, 20, 9, 11, 5, 21, 9, 12, 5]  # no tips at all
-    assert off_policy == empo2.Pair(prompt, [22, 9], 1.0, None, None)
-    on_policy, off_policy = list(empo2.training_pairs(episode, Settings(denominator="tips")))[1:]
+    assert off_policy == Pair(prompt, [22, 9])
+    tips = Algorithm(Settings(denominator="tips"))
+    on_policy, off_policy = list(tips.training_pairs(episode))[1:]
     assert on_policy.old_logps is None and off_policy.old_logps == [-3.0, -0.5]
 
 
@@ -181,7 +181,7 @@ class Bag:
         self.reference, weight = 0.1 * torch.randn(2, 40, 40, generator=torch.manual_seed(0))
         self.weight = weight.requires_grad_()
         self.scored = 0
-        self.most_rows = 0
+        self.shared = 0  # most tokens of a batch of several rows
 
     def trainable(self):
         return [self.weight]
@@ -192,7 +192,7 @@ class Bag:
     def logprobs(self, ids, mask, temperature, positions=None, visible=None, reference=False):
         weight = self.reference if reference else self.weight
         self.scored += int(mask.sum())
-        self.most_rows = max(self.most_rows, len(ids))
+        self.shared = max(self.shared, ids.numel() * (len(ids) > 1))
         if positions is None:
             positions = torch.arange(ids.shape[1])
             visible = torch.ones(ids.shape[1], ids.shape[1]).tril()
@@ -203,7 +203,7 @@ class Bag:
 
     def of_turn(self, e, t, temperature=1.0, reference=False):
         """Log-probs of an action under its numerator's prompt, alone."""
-        prompt = e.prompt(t, with_tips=not e.turns[t].offpolicy)
+        prompt = e.prompt(t, () if e.turns[t].offpolicy else e.turns[t].shown_ids)
         ids = torch.tensor([prompt + e.turns[t].action_ids])
         mask = torch.arange(ids.shape[1])[None] >= len(prompt)
         return self.logprobs(ids, mask, temperature, reference=reference)[0][0, len(prompt) :]
@@ -272,7 +272,8 @@ def test_an_update_is_that_of_algorithm_1_turn_by_turn(
     returns = np.array([6.0, 1.0, 2.0])
     a, b, c = ((returns - returns.mean()) / returns.std()).tolist()
     bag, plain = Bag(), Bag()
-    metrics = empo2.update(bag, torch.optim.SGD([bag.weight], 0.3), episodes, s, KnownOrder())
+    sgd = torch.optim.SGD([bag.weight], 0.3)
+    metrics = empo2.update(bag, sgd, episodes, Algorithm(s), KnownOrder())
     plain_update(plain, [a, 0.0, b, c, 0.0], episodes, s, 0.3)
     torch.testing.assert_close(bag.weight, plain.weight, rtol=1e-3, atol=1e-4)
     assert 0.1 < metrics["masked_fraction"] < 0.6
@@ -280,9 +281,20 @@ def test_an_update_is_that_of_algorithm_1_turn_by_turn(
         True,
         False,
     }  # a row that branches
-    assert (bag.most_rows == 1) == (micro_tokens is not None)
+    assert (bag.shared <= 20) == (micro_tokens is not None)
+    turns = [turn for e in episodes for turn in e.turns]
     learnt = sum(len(turn.action_ids) for i in (0, 2, 3) for turn in episodes[i].turns)
-    assert beta or bag.scored == 2 * learnt  # what has nothing to learn is not computed
+    given = denominator == "tips"
+    unknown = sum(len(turn.action_ids) for turn in turns if not (given and turn.offpolicy))
+    assert beta or bag.scored == unknown + learnt  # what has nothing to learn is not computed
+
+
+def steps(episodes, s):
+    algorithm = Algorithm(s)
+    for e in episodes:
+        for turn, pair in zip(e.turns, algorithm.training_pairs(e), strict=True):
+            turn.pair = pair
+    return empo2.optimiser_steps(episodes, algorithm, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("pack, lengths", [("episode", [7, 7, 7]), ("group", [7, 12])])
@@ -290,7 +302,7 @@ def test_a_group_can_share_a_row(pack, lengths):
     """The first prompt of its episodes is there once; its last token belongs to the action."""
     episodes = [drawn_episode(1, group, [1], [[20, 21, 22, 9]]) for group in (0, 1, 1)]
     s = Settings(pack=pack, beta=1.0)
-    ((rows, _),) = empo2.optimiser_steps(episodes, s, np.random.default_rng(0))
+    ((rows, _),) = steps(episodes, s)
     assert sorted(len(row.ids) for row in rows) == lengths
 
 
@@ -300,7 +312,7 @@ def test_with_history_each_pair_has_a_row_and_no_row_branches():
         turn.past_ids = [50, *turn.observation_ids]
     episode.history = 1
     s = Settings(history=1, beta=1.0)
-    ((rows, _),) = empo2.optimiser_steps([episode], s, np.random.default_rng(0))
+    ((rows, _),) = steps([episode], s)
     assert len(rows) == 3 and all(row.is_sequence() for row in rows)
 
 
@@ -315,49 +327,28 @@ def test_the_metrics_of_an_update():
     s = Settings(offpolicy_prob=0.0, min_prob=0.0, minibatch_episodes=1)
     said = []
     sgd = torch.optim.SGD([bag.weight], 0.0)
-    metrics = empo2.update(bag, sgd, episodes, s, KnownOrder(), lambda *text: said.append(text))
+    metrics = empo2.update(
+        bag, sgd, episodes, Algorithm(s), KnownOrder(), lambda *text: said.append(text)
+    )
     assert said == [("update", x) for x in ("old log-probs", "step 1 of 2", "step 2 of 2")]
     assert metrics.pop("grad_norm") > 0
     expected = {"ratio": 1, "approx_kl": 0, "clipfrac": 0, "masked_fraction": 0, "entropy": 3}
-    expected |= {"loss": -1 / 3, "sampler_gap": 0.6, "sampler_gap_mean": 0.1, "return": 5 / 3}
+    expected |= {"loss": -1 / 3, "sampler_gap": 0.6, "sampler_gap_mean": 0.075, "return": 5 / 3}
     expected |= {"optimizer_steps": 2, "zero_variance_groups": 0.5}
     assert metrics == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_names_its_pairs():
+def test_a_gradient_that_is_not_finite_changes_nothing():
     episodes = [drawn_episode(2, rewards=[4.0]), drawn_episode(2)]
     bag = Bag()
     with torch.no_grad():
         bag.weight[20] = math.inf
     before = bag.weight.clone()
     s = Settings(minibatch_episodes=1)
-    with pytest.raises(empo2.NotFinite, match="--learning-rate") as caught:
-        empo2.update(bag, torch.optim.SGD([bag.weight], 1.0), episodes, s, KnownOrder())
-    assert [pair.action for pair in caught.value.pairs] == [[20, 9], [21, 9]]
+    sgd = torch.optim.SGD([bag.weight], 1.0)
+    with pytest.raises(FloatingPointError, match="--learning-rate"):
+        empo2.update(bag, sgd, episodes, Algorithm(s), KnownOrder())
     assert torch.equal(bag.weight, before)
-
-
-def test_another_algorithm_is_one_function():
-    """Returns are equal, so GRPO learns nothing; GiGPO sees that one action paid sooner."""
-    sooner, later = drawn_episode(2, rewards=[1, 0]), drawn_episode(2, rewards=[0, 1])
-    for turn, state in zip(sooner.turns + later.turns, "abac", strict=True):
-        turn.anchor = state
-    later.turns[0].action_ids = [25, 9]
-    bag = Bag()
-    before = [bag.of_turn(e, 0).sum() for e in (sooner, later)]
-    sgd = torch.optim.SGD([bag.weight], 0.1)
-    s = Settings(advantage_eps=0.0, min_prob=0.0, step_weight=1.0)
-    metrics = empo2.update(bag, sgd, [sooner, later], s, KnownOrder())
-    assert metrics["zero_variance_groups"] == 1 and metrics["grad_norm"] == 0
-    assert metrics["sampler_gap_mean"] is None
-    empo2.update(bag, sgd, [sooner, later], s, KnownOrder(), advantage_estimator=gigpo_advantages)
-    assert [turn.advantage for turn in sooner.turns + later.turns] == [1.0, 0.0, -1.0, 0.0]
-    after = [bag.of_turn(e, 0).sum() for e in (sooner, later)]
-    assert after[0] > before[0] and after[1] < before[1]
-    pair = [sooner, later]
-    for wrong in ([[1.0, 1.0]], [[1.0], [1.0, 1.0]]):  # an episode, or a turn, without an advantage
-        with pytest.raises(ValueError, match="zip"):
-            empo2.update(bag, sgd, pair, s, KnownOrder(), advantage_estimator=lambda *_, w=wrong: w)
 
 
 # --- Settings and docstrings ----------------------------------------------------------------------

@@ -14,7 +14,7 @@ import eval as evaluation
 import rollout
 import train
 from engine import runs
-from policy import Policy
+from policy import Policy, load_policy
 
 HOUSE = {"rooms": 1, "containers": 1, "step_limit": 4}
 TIP = "I have not turned it on."
@@ -89,10 +89,12 @@ def random_player(tmp_path_factory):
 def success(run_dir, iteration):
     """Tip-free success on unseen variations, 64 episodes at the paper's temperature of 0.4."""
     s, _ = runs.read_checkpoint(run_dir / f"checkpoint-{iteration}")
-    policy = runs.load_policy(s, run_dir / f"checkpoint-{iteration}")
-    houses = [runs.make_env(s) for _ in range(64)]
-    pool = runs.task_pool(houses[0], s.tasks, "test", 4)
-    played = evaluation.evaluate(policy, houses, pool, 16, s, np.random.default_rng(0))
+    policy = load_policy(s, run_dir / f"checkpoint-{iteration}")
+    houses = [envs.from_settings(s) for _ in range(64)]
+    pool = envs.task_pool(houses[0], s.tasks, "test", 4)
+    played = evaluation.evaluate(
+        policy, houses, pool, 16, empo2.Algorithm(s), np.random.default_rng(0)
+    )
     return evaluation.table(played)["radio"]["share_100"]
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from empo2 import Pair
+from empo2 import Pair, collate
 from engine.cache import DialogueCache
-from engine.packing import PASS, Row, collate, groups, micro_batches, pack, visibility
+from engine.packing import PASS, Row, groups, micro_batches, pack, visibility
 
 
 def random_pairs(rng):
@@ -22,7 +22,7 @@ def random_pairs(rng):
             whole = earlier.prompt + earlier.action
             prompt = whole[: rng.randint(1, len(whole))]  # now and then its very prompt
         prompt = prompt + rng.choices([1, 2, 3], k=rng.randint(0, 4))
-        pairs.append(Pair(prompt, rng.choices([1, 2, 3], k=rng.randint(1, 3)), rng.random()))
+        pairs.append(Pair(prompt, rng.choices([1, 2, 3], k=rng.randint(1, 3))))
     return pairs
 
 
@@ -46,11 +46,11 @@ def test_every_action_token_sees_its_own_pair_and_nothing_else(seed):
 
 
 def test_what_is_shared_is_there_once():
-    turns = [Pair([1, 2], [7, 9], 0.0), Pair([1, 2, 7, 9, 3], [8, 9], 0.0)]
+    turns = [Pair([1, 2], [7, 9]), Pair([1, 2, 7, 9, 3], [8, 9])]
     row = pack(turns)
     assert row.ids == [1, 2, 7, 9, 3, 8, 9] and row.is_sequence()
     assert row.spans == [(2, turns[0]), (5, turns[1])]
-    with_tips = Pair([1, 2, 7, 9, 3, 4], [8, 9], 0.0)
+    with_tips = Pair([1, 2, 7, 9, 3, 4], [8, 9])
     row = pack([with_tips, *turns])  # in any order
     assert row.ids == [1, 2, 7, 9, 3, 4, 8, 9, 3, 8, 9] and not row.is_sequence()
     assert row.ends == [11, 11, 11, 11, 8, 8, 8, 8, 11, 11, 11]
@@ -145,16 +145,21 @@ def test_little_of_what_is_computed_is_padding():
 
 
 def test_the_literal_tensors_of_a_batch():
-    branching = pack([Pair([1, 2], [7, 8], 0.5, [-1.0, -2.0]), Pair([1, 2], [9], -1.0)])
-    batch = collate([branching, pack([Pair([3], [4], 2.0, [-3.0])])])
+    branching = pack(
+        [
+            Pair([1, 2], [7, 8], [-1.0, -2.0], advantages=[0.5, 0.25]),
+            Pair([1, 2], [9], advantages=[-1.0]),
+        ]
+    )
+    batch = collate([branching, pack([Pair([3], [4], [-3.0], advantages=[2.0])])])
     assert batch.ids.tolist() == [[1, 2, 7, 8, 2, 9], [3, 4, 0, 0, 0, 0]]
     assert batch.mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
     assert batch.old_logps.tolist() == [[0, 0, -1, -2, 0, 0], [0, -3, 0, 0, 0, 0]]
-    assert batch.advantages.tolist() == [[0, 0, 0.5, 0.5, 0, -1], [0, 2, 0, 0, 0, 0]]
+    assert batch.advantages.tolist() == [[0, 0, 0.5, 0.25, 0, -1], [0, 2, 0, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 1, 2], [0, 1, 0, 0, 0, 0]]
     own = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
     own += [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1]]
     assert batch.visible[0].int().tolist() == own
     assert batch.visible.diagonal(dim1=1, dim2=2).all()  # padding, too, sees itself: no NaN
-    plain = collate([pack([Pair([3], [4], 2.0)]), flat(3)])
+    plain = collate([pack([Pair([3], [4])]), flat(3)])
     assert plain.positions is None and plain.visible is None

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import rollout
 import train
-from empo2 import grpo_advantages
+from empo2 import Algorithm
 from envs import EnvFault, make
 from memory import NoveltyStore, TipMemory, embedder
 from policy import Policy
@@ -78,7 +78,7 @@ JOBS = [Job("task", 0, 0, member) for member in range(5)]
 
 def memory_of(*tips):
     """The score of a tip is its place."""
-    memory = TipMemory(threshold=0.0)
+    memory = TipMemory()
     for score, tip in enumerate(tips):
         memory.add(EMBED(["T-task\nstart"])[0], tip, score, "task/0")
     return memory
@@ -87,11 +87,13 @@ def memory_of(*tips):
 def play(jobs=JOBS, memory=None, lanes=3, seed=0, **options):
     """(policy, episodes) of a rollout; the memory holds "old tip" unless another is given."""
     memory = memory_of("old tip") if memory is None else memory
-    s = Settings(**options)
+    algorithm = Algorithm(Settings(**options))
+    if isinstance(memory, TipMemory):
+        memory.order = algorithm.order_tips
     policy = ToyPolicy()
     rng = np.random.default_rng(seed)
     envs = [ToyEnv() for _ in range(lanes)]
-    waves = rollout.rollout(policy, envs, jobs, memory, EMBED, s, rng, EnvFault)
+    waves = rollout.rollout(policy, envs, jobs, memory, EMBED, algorithm, rng, EnvFault)
     return policy, [episode for wave in waves for episode in wave]
 
 
@@ -108,7 +110,7 @@ def test_an_episode_is_what_was_sampled_and_what_came_of_it():
             digit = chr(turn.action_ids[0])
             assert (turn.observation, turn.next_observation) == (observation, f"seen{digit}")
             assert turn.action == f"sent {digit}" and turn.reward == int(digit)
-            assert turn.logps == [-len(e.prompt(t, with_tips=True))]
+            assert turn.logps == [-len(e.prompt(t, turn.shown_ids))]
             assert turn.action_cut == (digit == "9")
             observation = turn.next_observation
 
@@ -116,7 +118,7 @@ def test_an_episode_is_what_was_sampled_and_what_came_of_it():
 def test_tips_are_shown_only_at_the_turn_they_were_retrieved_for():
     policy, episodes = play(memory_prob=0.5)
     with_tips = [shown for shown in policy.shown if "old tip" in shown]
-    modes = [bool(turn.tips) for e in episodes for turn in e.turns]
+    modes = [bool(turn.shown) for e in episodes for turn in e.turns]
     assert 0 < len(with_tips) == sum(modes) < len(modes) == len(policy.shown)
     for shown in with_tips:
         assert shown.endswith("<u:Tips from earlier attempts at this task:\n- old tip>A")
@@ -146,7 +148,7 @@ def test_rollout_modes_are_drawn_at_their_level(level):
     batches = []
     for seed in range(20):
         _, episodes = play(memory_prob=0.4, mode_level=level, seed=seed)
-        batches.append([{bool(turn.tip_ids) for turn in e.turns} for e in episodes])
+        batches.append([{bool(turn.shown_ids) for turn in e.turns} for e in episodes])
     assert any(len(modes) == 2 for batch in batches for modes in batch) == (level == "turn")
     assert any(len(set.union(*batch)) == 2 for batch in batches) == (level != "batch")
     assert len({frozenset(modes) for batch in batches for modes in batch}) >= 2
@@ -158,7 +160,7 @@ def test_p_0_never_asks_and_nothing_retrieved_is_mode_1(level):
     for p, memory in ((0.0, never), (1.0, memory_of()), (1.0, memory_of("old tip"))):
         policy, episodes = play(memory_prob=p, mode_level=level, memory=memory)
         expected = {"Tips" in shown for shown in policy.shown}
-        assert {bool(turn.tip_ids) for e in episodes for turn in e.turns} == expected
+        assert {bool(turn.shown_ids) for e in episodes for turn in e.turns} == expected
         assert expected == {memory is not never and len(memory) > 0}
 
 
@@ -209,12 +211,12 @@ def test_the_context_limit_drops_the_worst_tips_first_and_then_ends_the_episode(
     memory = memory_of("bad", "good", "best")
     options = {"memory": memory, "memory_prob": 1.0, "action_tokens": 2}
     _, (whole, *_) = play(**options)
-    without = len(whole.prompt(3, with_tips=False)) + 2
+    without = len(whole.prompt(3)) + 2
     with_best = without + len(rollout.tips_message(ToyPolicy(), ["best"]))
     for context, shown in ((with_best, ["best"]), (with_best - 1, []), (without, [])):
         _, (e, *_) = play(**options, context=context)
-        assert e.turns[3].tips == shown and e.turns[3].tips_left_out == 3 - len(shown)
-        assert bool(e.turns[3].tip_ids) == bool(shown)
+        assert e.turns[3].shown == shown and e.turns[3].tips_left_out == 3 - len(shown)
+        assert bool(e.turns[3].shown_ids) == bool(shown)
     _, (e, *_) = play(**options, context=without - 1)
     assert e.ended == "context full" and len(e.turns) == 3
     with pytest.raises(ValueError, match="no room for even one turn of task"):
@@ -238,8 +240,8 @@ def test_a_window_has_the_last_turns_without_their_tips_and_reasoning():
     ]
     assert set(prompts) <= set(policy.shown)
     for t, prompt in enumerate(prompts):
-        assert policy.decode(e.prompt(t, with_tips=True)) == prompt
-        assert policy.decode(e.prompt(t, with_tips=False)) == prompt.replace(tips, "A")
+        assert policy.decode(e.prompt(t, e.turns[t].shown_ids)) == prompt
+        assert policy.decode(e.prompt(t)) == prompt.replace(tips, "A")
         assert e.turns[t].written in (a, b, c, d) and e.turns[t].action.startswith("sent ")
     # A tip is written from the whole episode; a short context costs its beginning.
     request = f"<u:seen{d}\n\n{rollout.TIP_REQUEST.format(score=e.score)}>A"
@@ -255,8 +257,8 @@ def test_a_window_has_the_last_turns_without_their_tips_and_reasoning():
 def test_the_context_limit_counts_the_window_alone():
     options = {"action_tokens": 2, "memory_prob": 0.0}
     _, (e, *_) = play(history=1, **options)
-    needed = len(e.prompt(3, with_tips=False)) + 2
-    assert {len(e.prompt(t, with_tips=False)) + 2 for t in (1, 2, 3)} == {needed}
+    needed = len(e.prompt(3)) + 2
+    assert {len(e.prompt(t)) + 2 for t in (1, 2, 3)} == {needed}
     for history, context, ended, turns in (
         (1, needed, e.ended, 4),
         (1, needed - 1, "context full", 1),
@@ -292,7 +294,7 @@ def test_a_tip_is_written_from_the_whole_tip_free_episode():
     assert [e.tip_cut, other.tip_cut, silent.tip_cut] == [True, True, False]
     memory = TipMemory()
     memory.add(EMBED(["T-task\nstart"])[0], "old tip", 99, "task/0")
-    rollout.store_tips([e, other, silent], memory, EMBED, s)
+    rollout.store_tips([e, other, silent], memory, EMBED, Algorithm(s))
     slot = memory.slots["task/0"]
     assert slot.texts == ["old tip", e.tip, "x"], "no empty one"
     assert slot.scores == [99, e.score, other.score]
@@ -307,7 +309,7 @@ def test_tips_enter_the_memory_when_all_episodes_are_over(lanes):
     s = Settings(memory_prob=1.0)
     envs = [ToyEnv() for _ in range(lanes)]
     rng = np.random.default_rng(0)
-    episodes = train.explore(learner, envs, JOBS, EMBED, s, rng, rollout.no_progress)
+    episodes = train.explore(learner, envs, JOBS, EMBED, Algorithm(s), rng, rollout.no_progress)
     assert all(e.tip for e in episodes) and not any("Tips" in x for x in learner.policy.shown)
     assert len(learner.tip_memory) == 0
 
@@ -332,21 +334,21 @@ SLOTS = {
 
 def finished(job, score=0, tip="", shown=([],)):
     """An episode from the hall to the attic. shown: the tips of each turn."""
-    turns = [Turn("hall", [], tips, next_observation="attic") for tips in shown]
+    turns = [Turn("hall", [], shown=tips, next_observation="attic") for tips in shown]
     return Episode(job, None, 0, "text", [], [], turns, score=score, tip=tip)
 
 
 @pytest.mark.parametrize("scope", SLOTS)
 def test_tips_are_retrieved_for_the_state_to_act_in_from_the_slot_of_the_episode(scope):
-    memory = TipMemory(threshold=0.99)
+    memory = TipMemory()
     for job, slot in zip(THREE, SLOTS[scope], strict=True):
         for seen in ("start", *(f"seen{digit}" for digit in range(10))):
             (key,) = EMBED([f"T-{job.task}\n{seen}"])
             memory.add(key, f"{slot}, {job.task}, {seen}", 0, slot)
-    _, episodes = play(THREE, memory, memory_prob=1.0, memory_scope=scope)
+    _, episodes = play(THREE, memory, memory_prob=1.0, memory_scope=scope, tip_threshold=0.99)
     for e, slot in zip(episodes, SLOTS[scope], strict=True):
         for turn in e.turns:
-            assert turn.tips == [f"{slot}, {e.job.task}, {turn.observation}"]
+            assert turn.shown == [f"{slot}, {e.job.task}, {turn.observation}"]
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,7 @@ def test_tips_are_judged_by_hand(scope, expected):
         finished(THREE[1], 50, "second", [["x"], []]),
         finished(THREE[2], 0, "third", [[], ["y"]]),
     ]
-    rollout.store_tips(episodes, memory, EMBED, Settings(memory_scope=scope))
+    rollout.store_tips(episodes, memory, EMBED, Algorithm(Settings(memory_scope=scope)))
     assert expected == {
         name: dict(zip(held.texts, zip(held.totals, held.trials, strict=True), strict=True))
         for name, held in memory.slots.items()
@@ -401,17 +403,19 @@ def test_states_are_counted_in_the_slot_of_the_episode(scope, again):
     novelty = NoveltyStore()
     for n in ([1, 1, 1], again):
         episodes = [finished(job) for job in THREE]
-        rollout.give_intrinsic_rewards(episodes, novelty, EMBED, Settings(memory_scope=scope))
+        rollout.give_intrinsic_rewards(
+            episodes, novelty, EMBED, Algorithm(Settings(memory_scope=scope))
+        )
         assert [1 / e.turns[0].novelty for e in episodes] == pytest.approx(n)
 
 
 def test_with_the_task_as_key_a_tip_is_at_hand_in_every_state():
-    memory = TipMemory(threshold=0.99)
+    memory = TipMemory()
     turns = [Turn("hall", [], next_observation="attic")]
     writer = Episode(JOBS[0], None, 0, "T-task", [], [], turns, tip="a tip")
-    rollout.store_tips([writer], memory, EMBED, Settings(memory_key="task"))
+    rollout.store_tips([writer], memory, EMBED, Algorithm(Settings(memory_key="task")))
     _, episodes = play(memory=memory, memory_prob=1.0, memory_key="task")
-    assert {tuple(turn.tips) for e in episodes for turn in e.turns} == {("a tip",)}
+    assert {tuple(turn.shown) for e in episodes for turn in e.turns} == {("a tip",)}
 
 
 def test_actions_and_tips_are_sampled_at_the_temperature_of_training(monkeypatch):
@@ -451,15 +455,15 @@ def walk(*observations):
 def test_intrinsic_rewards_by_hand():
     """First states count as visited; the task text, which all states share, does not count."""
     novelty = NoveltyStore()
-    s = Settings()
+    algorithm = Algorithm(Settings())
     group = [walk("hall", "kitchen", "hall", "kitchen", "attic") for _ in range(4)]
-    rollout.give_intrinsic_rewards(group, novelty, EMBED, s)
+    rollout.give_intrinsic_rewards(group, novelty, EMBED, algorithm)
     for e in group:  # equal episodes get equal rewards
         assert [turn.novelty for turn in e.turns] == [1, 1 / 2, 1 / 2, 1]
-    assert grpo_advantages(group, s) == [[0.0] * 4] * 4
+    assert algorithm.advantages(group) == [[0.0] * 4] * 4
     assert novelty.slots["task/0"].counts == [8, 8, 4]
     later = walk("hall", "attic", "cellar")
-    rollout.give_intrinsic_rewards([later], novelty, EMBED, s)
+    rollout.give_intrinsic_rewards([later], novelty, EMBED, algorithm)
     assert [turn.novelty for turn in later.turns] == [1 / 5, 1]
 
 
@@ -475,19 +479,21 @@ def test_the_number_of_environments_changes_no_draw(level):
 
 def test_the_number_of_environments_changes_no_action_of_a_model():
     policy = Policy.load(str(ROOT / "standin" / "house"))
-    s = Settings(memory_prob=0.5, tip_tokens=40)
+    s = Settings(memory_prob=0.5, tip_tokens=40, tip_threshold=0.0)
+    algorithm = Algorithm(s)
     jobs = [Job("radio", variation, 0, 0) for variation in (0, 0, 1, 2, 0)]
-    memory = TipMemory(threshold=0.0)
+    memory = TipMemory()
+    memory.order = algorithm.order_tips
     memory.add(EMBED(["turn on the radio"])[0], "The radio was not found.", 0, "radio/0")
     played = []
     for lanes in (2, 3, 5):
         envs = [make("house", step_limit=3) for _ in range(lanes)]
         rng = np.random.default_rng(0)
         actions = []
-        for wave in rollout.rollout(policy, envs, jobs, memory, EMBED, s, rng, EnvFault):
+        for wave in rollout.rollout(policy, envs, jobs, memory, EMBED, algorithm, rng, EnvFault):
             rollout.write_tips(policy, wave, s)
             for e in wave:
-                actions.append([(turn.tips, turn.action_ids) for turn in e.turns] + [e.tip])
+                actions.append([(turn.shown, turn.action_ids) for turn in e.turns] + [e.tip])
         played.append(actions)
     assert played[0] == played[1] == played[2]
 
@@ -601,7 +607,9 @@ def test_a_run_does_not_start_without_room_for_the_longest_request():
     needed = len(least + policy.header) + 300
     run = {"env": "house", "tasks": ["radio"], "variations": 1, "eval_every": 0, "tip_tokens": 300}
     run |= {"tasks_per_iteration": 1, "rollout_batch": 1}
-    train.make_envs(policy, Settings(**run, context=needed))
-    train.make_envs(policy, Settings(**run, context=needed - 1, memory_prob=0.0))  # no tips
+    train.make_envs(policy, Algorithm(Settings(**run, context=needed)))
+    train.make_envs(
+        policy, Algorithm(Settings(**run, context=needed - 1, memory_prob=0.0))
+    )  # no tips
     with pytest.raises(ValueError, match="no room to ask for a tip after radio .1 tokens short"):
-        train.make_envs(policy, Settings(**run, context=needed - 1))
+        train.make_envs(policy, Algorithm(Settings(**run, context=needed - 1)))
