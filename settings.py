@@ -269,7 +269,7 @@ def read_config(path):
 
 
 def config_words(path):
-    """The settings in a YAML file, as words of a command line; `sweep` is experiments/sweep.py's."""
+    """The settings in a YAML file, as words of a command line, but for `sweep`."""
     content = read_config(path)
     content.pop("sweep", None)
     return as_words(content)
