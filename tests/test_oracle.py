@@ -29,13 +29,14 @@ COMMON = {
     "max_grad_norm": 1e6,
 }
 CASES = {
-    "no-tips": {},
+    "no-tips": {"pack": "group"},
+    "tips-kl": {"denominator": "tips", "beta": 0.01, "micro_tokens": 10_000},
+    "all": {"beta": 0.05, "temperature": 1.5, "max_grad_norm": 0.5, "micro_tokens": None},
     "tips": {"denominator": "tips"},
     "kl": {"beta": 0.01},
-    "tips-kl": {"denominator": "tips", "beta": 0.01, "micro_tokens": 10_000},
     "gradient-clip": {"max_grad_norm": 0.3},
-    "temperature": {"beta": 0.05, "temperature": 1.5, "max_grad_norm": 0.5},
 }
+FAST = ("no-tips", "tips-kl", "all")
 
 
 def token_logps(model, episode, t, tip_ids, s):
@@ -131,7 +132,10 @@ def oracle(model, optimizer, episodes, s, order):
     return branches
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES],
+)
 def test_update_trains_as_the_oracle_does(checkpoint, monkeypatch, case):
     s = Settings(**{**COMMON, **CASES[case]})
     policy = Policy.load(checkpoint, lora_r=4)

@@ -9,7 +9,7 @@ import torch
 
 from empo2 import Pair, collate
 from engine.cache import DialogueCache
-from engine.packing import PASS, Row, groups, micro_batches, pack, visibility
+from engine.packing import PASS, Row, groups, micro_batches, pack, shared_length, visibility
 
 
 def random_pairs(rng):
@@ -46,6 +46,7 @@ def test_every_action_token_sees_its_own_pair_and_nothing_else(seed):
 
 
 def test_what_is_shared_is_there_once():
+    assert [shared_length(a, b) for a, b in (([1, 2], [1]), ([1], [1, 2]), ([2], [1]))] == [1, 1, 0]
     turns = [Pair([1, 2], [7, 9]), Pair([1, 2, 7, 9, 3], [8, 9])]
     row = pack(turns)
     assert row.ids == [1, 2, 7, 9, 3, 8, 9] and row.is_sequence()

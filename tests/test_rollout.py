@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
+import eval as evaluation
 import rollout
 import train
-from empo2 import Algorithm
+from empo2 import Algorithm, draw_update_modes
 from envs import EnvFault, make
 from memory import NoveltyStore, TipMemory, embedder
 from policy import Policy
@@ -32,6 +34,7 @@ class ToyPolicy:
 
     def __init__(self):
         self.shown = []
+        self.asked = []  # (temperature, most tokens of a prompt, of an answer)
 
     def forget(self):
         pass
@@ -47,6 +50,8 @@ class ToyPolicy:
 
     def sample(self, prompts, uniforms, temperature, lanes):
         self.shown += [self.decode(prompt) for prompt in prompts]
+        for prompt, own in zip(prompts, uniforms, strict=True):
+            self.asked.append((temperature, len(prompt), len(own)))
         digits = [ord("0") + int(10 * u[0]) for u in uniforms]
         actions = [[digit] if digit == ord("9") else [digit, STOP] for digit in digits]
         return actions, [[-float(len(prompt))] for prompt in prompts]
@@ -84,10 +89,10 @@ def memory_of(*tips):
     return memory
 
 
-def play(jobs=JOBS, memory=None, lanes=3, seed=0, **options):
+def play(jobs=JOBS, memory=None, lanes=3, seed=0, cls=Algorithm, **options):
     """(policy, episodes) of a rollout; the memory holds "old tip" unless another is given."""
     memory = memory_of("old tip") if memory is None else memory
-    algorithm = Algorithm(Settings(**options))
+    algorithm = cls(Settings(**options))
     if isinstance(memory, TipMemory):
         memory.order = algorithm.order_tips
     policy = ToyPolicy()
@@ -249,9 +254,6 @@ def test_a_window_has_the_last_turns_without_their_tips_and_reasoning():
     assert policy.decode(whole) == f"{system}{first}{second}{third}{fourth}{request}"
     short = rollout.tip_prompt(policy, e, context=len(whole) - 1)
     assert policy.decode(short) == f"{system}{second}{third}{fourth}{request}"
-    e.turns[-1].next_observation = ""
-    silent = rollout.tip_prompt(policy, e, context=len(whole) - 9)
-    assert first not in policy.decode(silent) and fourth in policy.decode(silent)
 
 
 def test_the_context_limit_counts_the_window_alone():
@@ -351,37 +353,10 @@ def test_tips_are_retrieved_for_the_state_to_act_in_from_the_slot_of_the_episode
             assert turn.shown == [f"{slot}, {e.job.task}, {turn.observation}"]
 
 
-@pytest.mark.parametrize(
-    "scope, expected",
-    [
-        (
-            "variation",
-            {
-                "task/0": {"x": (-90, 2), "y": (-80, 2), "first": (-100, 1)},
-                "task/1": {"x": (60, 2), "y": (20, 1), "second": (50, 1)},
-                "other/0": {"x": (10, 1), "y": (20, 2), "third": (0, 1)},
-            },
-        ),
-        (
-            "task",
-            {
-                "task": {"x": (-40, 3), "y": (-80, 2), "first": (-100, 1), "second": (50, 1)},
-                "other": {"x": (10, 1), "y": (20, 2), "third": (0, 1)},
-            },
-        ),
-        (
-            "all",
-            {
-                "all": {"x": (-40, 3), "y": (-80, 3)}
-                | {"first": (-100, 1), "second": (50, 1), "third": (0, 1)}
-            },
-        ),
-    ],
-)
-def test_tips_are_judged_by_hand(scope, expected):
+def test_tips_are_judged_by_hand():
     """(total, trials) of each: once by every episode that was shown it at any turn."""
     memory = TipMemory()
-    for slot in dict.fromkeys(SLOTS[scope]):
+    for slot in ("task", "other"):
         memory.add(np.eye(1024)[0], "x", 10, slot)
         memory.add(np.eye(1024)[0], "y", 20, slot)
     episodes = [
@@ -389,7 +364,11 @@ def test_tips_are_judged_by_hand(scope, expected):
         finished(THREE[1], 50, "second", [["x"], []]),
         finished(THREE[2], 0, "third", [[], ["y"]]),
     ]
-    rollout.store_tips(episodes, memory, EMBED, Algorithm(Settings(memory_scope=scope)))
+    rollout.store_tips(episodes, memory, EMBED, Algorithm(Settings(memory_scope="task")))
+    expected = {
+        "task": {"x": (-40, 3), "y": (-80, 2), "first": (-100, 1), "second": (50, 1)},
+        "other": {"x": (10, 1), "y": (20, 2), "third": (0, 1)},
+    }
     assert expected == {
         name: dict(zip(held.texts, zip(held.totals, held.trials, strict=True), strict=True))
         for name, held in memory.slots.items()
@@ -418,30 +397,12 @@ def test_with_the_task_as_key_a_tip_is_at_hand_in_every_state():
     assert {tuple(turn.shown) for e in episodes for turn in e.turns} == {("a tip",)}
 
 
-def test_actions_and_tips_are_sampled_at_the_temperature_of_training(monkeypatch):
-    asked = []
-    sample = ToyPolicy.sample
-
-    def spy(policy, prompts, uniforms, temperature, lanes):
-        asked.append((temperature, len(uniforms[0])))
-        return sample(policy, prompts, uniforms, temperature, lanes)
-
-    monkeypatch.setattr(ToyPolicy, "sample", spy)
+def test_actions_and_tips_are_sampled_at_the_temperature_of_training():
     options = {"temperature": 0.7, "action_tokens": 5, "tip_tokens": 6}
     policy, episodes = play(**options)
     rollout.write_tips(policy, episodes, Settings(**options))
-    *actions, tips = asked
+    *actions, tips = [(temperature, most) for temperature, _, most in policy.asked]
     assert set(actions) == {(0.7, 5)} and tips == (0.7, 6)
-
-
-def test_a_tip_request_keeps_as_many_turns_as_an_action_sees():
-    """With `--history`: after that the last observation gives way."""
-    policy, (e, *_) = play(memory_prob=0.0, history=2)
-    e.turns[-1].next_observation = "x" * 4000
-    e.score = -100
-    shown = policy.decode(rollout.tip_prompt(policy, e, context=2000))
-    assert shown.count("Your action") == 2 and rollout.CUT in shown
-    assert "is -100 of 100" in shown
 
 
 # --- Intrinsic rewards ----------------------------------------------------------------------------
@@ -465,6 +426,183 @@ def test_intrinsic_rewards_by_hand():
     later = walk("hall", "attic", "cellar")
     rollout.give_intrinsic_rewards([later], novelty, EMBED, algorithm)
     assert [turn.novelty for turn in later.turns] == [1 / 5, 1]
+
+
+# --- The seam: what a subclass can override -------------------------------------------------------
+def toy_learner(algorithm):
+    memory = memory_of("old tip")
+    memory.order = algorithm.order_tips
+    return SimpleNamespace(policy=ToyPolicy(), tip_memory=memory, novelty=NoveltyStore())
+
+
+def iterate(algorithm, learner=None, iteration=0, pool=(("task", 0), ("task", 1), ("task", 2))):
+    """(episodes, metrics) of an iteration that moves no weight."""
+    algorithm.s.learning_rate = 0.0
+    return train.iterate(
+        iteration,
+        learner or toy_learner(algorithm),
+        algorithm,
+        [ToyEnv(), ToyEnv()],
+        pool,
+        EMBED,
+        rollout.no_progress,
+    )
+
+
+def test_tips_can_be_retrieved_but_not_shown():
+    """Room is kept for them; prompts, modes, judging and metrics know of none."""
+
+    class Unshown(Algorithm):
+        def shown_tips(self, retrieved):
+            return []
+
+    algorithm = Unshown(Settings(memory_prob=1.0, group_size=2, tasks_per_iteration=1))
+    learner = toy_learner(algorithm)
+    episodes, metrics = iterate(algorithm, learner, pool=[("task", 0)])
+    assert not any("old tip" in shown for shown in learner.policy.shown)
+    told = rollout.tips_message(learner.policy, ["old tip"])
+    for e in episodes:
+        for t, turn in enumerate(e.turns):
+            assert (turn.retrieved, turn.retrieved_ids) == (["old tip"], told)
+            assert (turn.shown, turn.shown_ids) == ([], [])
+            assert turn.logps == [-len(e.prompt(t))]
+    draw_update_modes(episodes, Algorithm(Settings(offpolicy_prob=1.0)), np.random.default_rng(0))
+    assert not any(turn.offpolicy for e in episodes for turn in e.turns)
+    assert learner.tip_memory.slots["task/0"].trials[0] == 1, "the one that wrote it"
+    none = {"memory_turns": 0, "tips_shown": 0, "score_with_memory": None}
+    assert none.items() <= metrics.items() and metrics["score_without_memory"] is not None
+    # The first of two; and the last gives way where only one has room.
+    first = type("First", (Algorithm,), {"shown_tips": lambda self, retrieved: retrieved[:1]})
+    _, (e, *_) = play(memory=memory_of("bad", "good"), memory_prob=1.0, cls=first)
+    assert e.turns[0].retrieved == ["good", "bad"] and e.turns[0].shown == ["good"]
+    assert e.turns[0].logps == [-len(e.prompt(0, rollout.tips_message(ToyPolicy(), ["good"])))]
+    room = len(e.prompt(0, e.turns[0].shown_ids)) + 2
+    _, (e, *_) = play(
+        memory=memory_of("bad", "good"), memory_prob=1.0, cls=first, context=room, action_tokens=2
+    )
+    assert e.turns[0].retrieved == ["good"] and e.turns[0].tips_left_out == 1
+
+
+def test_which_tips_are_retrieved_and_in_which_order(monkeypatch):
+    """From the scores, trials and similarities of a slot."""
+    seen = []
+
+    class Lowest(Algorithm):
+        def order_tips(self, slot, similarity):
+            seen.append((list(slot.texts), list(slot.scores), len(similarity)))
+            return np.argsort(slot.scores)[: self.s.max_tips]
+
+    memory = memory_of("bad", "good", "best")
+    _, episodes = play(memory=memory, memory_prob=1.0, cls=Lowest, max_tips=2)
+    assert {tuple(turn.shown) for e in episodes for turn in e.turns} == {("bad", "good")}
+    assert seen[0] == (["bad", "good", "best"], [0, 1, 2], 3)
+    policy = SimpleNamespace(trainable=lambda: [torch.zeros(1, requires_grad=True)])
+    monkeypatch.setattr(train, "load_policy", lambda s, checkpoint: policy)
+    algorithm = Lowest(Settings(learning_rate=1.0, memory_capacity=7, novelty_threshold=0.3))
+    learner = train.make_learner(algorithm)
+    assert learner.tip_memory.order == algorithm.order_tips and learner.tip_memory.capacity == 7
+    assert learner.novelty.threshold == 0.3
+
+
+def test_which_tips_are_admitted():
+    """The best of a group; those that were shown are judged by all."""
+    offered = []
+
+    class Best(Algorithm):
+        def admitted(self, episodes):
+            offered.extend(episodes)
+            return [max(episodes, key=lambda e: e.score)]
+
+    memory = memory_of("old")
+    episodes = [finished(JOBS[0], score, tip, [["old"]]) for score, tip in zip((5, 9, 7), "ab ")]
+    episodes[2].tip = ""
+    rollout.store_tips(episodes, memory, EMBED, Best(Settings()))
+    assert offered == episodes[:2]
+    held = memory.slots["task/0"]
+    assert (held.texts, held.scores) == (["old", "b"], [0, 9])
+    assert (held.totals, held.trials) == ([0 + 5 + 9 + 7, 9], [4, 1])
+    none = type("None_", (Algorithm,), {"admitted": lambda self, episodes: []})
+    rollout.store_tips(episodes, memory, EMBED, none(Settings()))
+    assert held.texts == ["old", "b"] and held.trials == [7, 1]
+
+
+def test_an_intrinsic_reward_is_a_function_of_the_visits():
+    class Root(Algorithm):
+        def intrinsic_reward(self, n):
+            return n**-0.5
+
+    e = walk("hall", "kitchen", "hall", "hall")
+    rollout.give_intrinsic_rewards([e], NoveltyStore(), EMBED, Root(Settings(intrinsic_coef=2)))
+    assert [turn.novelty for turn in e.turns] == pytest.approx([1, 2**-0.5, 3**-0.5])
+    assert Root(Settings(intrinsic_coef=2)).episode_return(e) == pytest.approx(
+        2 * (1 + 2**-0.5 + 3**-0.5)
+    )
+
+
+def test_an_iteration_collects_groups_until_it_has_what_it_wants():
+    """Dynamic sampling: numbers go on, each task comes once before any comes again."""
+    rounds = []
+
+    class Twice(Algorithm):
+        def memory_mode(self, rng):
+            assert self.iteration == 5
+            return super().memory_mode(rng)
+
+        def collect(self, draw, play):
+            kept = []
+            for count in (1, 2, 1):
+                rounds.append(draw(count))
+                kept += play(rounds[-1])
+            return kept[2:]
+
+        def metrics(self, episodes):
+            return {"kept": len(episodes)}
+
+    algorithm = Twice(Settings(group_size=2, tasks_per_iteration=9))
+    learner = toy_learner(algorithm)
+    episodes, metrics = iterate(algorithm, learner, iteration=5)
+    jobs = [job for jobs in rounds for job in jobs]
+    assert [(job.group, job.member) for job in jobs] == [(g, m) for g in range(4) for m in (0, 1)]
+    assert [e.job for e in episodes] == jobs[2:] and metrics["kept"] == 6
+    assert {job.variation for job in jobs[:6]} == {0, 1, 2} and jobs[6].variation in (0, 1, 2)
+    assert (metrics["episodes"], metrics["episodes_dropped"]) == (6, 2)
+    assert len({tuple(turn.action for turn in e.turns) for e in episodes}) > 1
+    held = sum(len(slot.texts) for slot in learner.tip_memory.slots.values())
+    assert held == 1 + len({(e.job.variation, e.tip) for e in episodes})
+    assert sum(learner.novelty.slots["task/1"].counts) == sum(
+        len(e.turns) + 1 for e in episodes if e.job.variation == 1
+    )
+
+
+@pytest.mark.parametrize("level", ["turn", "episode", "batch"])
+@pytest.mark.parametrize("tips", [None, memory_of("old tip")])
+def test_an_evaluation_has_tips_if_it_is_given_a_memory_whatever_training_does(level, tips):
+    class Contrary(Algorithm):
+        def memory_mode(self, rng):
+            return tips is None
+
+        def shown_tips(self, retrieved):
+            return []
+
+    s = Settings(mode_level=level, memory_prob=0.5, eval_temperature=0.0)
+    algorithm = Contrary(s)
+    policy = ToyPolicy()
+    played = evaluation.evaluate(
+        policy,
+        [ToyEnv()],
+        [("task", 0)],
+        3,
+        algorithm,
+        np.random.default_rng(0),
+        tips=tips,
+        embed=EMBED,
+    )
+    assert {"old tip" in shown for shown in policy.shown} == {tips is not None}
+    assert {bool(turn.shown) for e in played for turn in e.turns} == {tips is not None}
+    assert (
+        {asked[0] for asked in policy.asked} == {0.0} and algorithm.s is s and s.temperature == 1.0
+    )
+    assert algorithm.memory_mode(None) is (tips is None) and algorithm.shown_tips(["a"]) == []
 
 
 # --- `--rollout-batch` ----------------------------------------------------------------------------
@@ -553,50 +691,15 @@ def test_a_tip_request_is_the_best_that_fits(history):
 
 
 @pytest.mark.parametrize("history", [0, 2])
-def test_every_prompt_and_what_is_written_after_it_fit_the_context(history, monkeypatch):
-    asked = []
-    sample = ToyPolicy.sample
-
-    def spy(policy, prompts, uniforms, temperature, lanes):
-        asked.append(max(map(len, prompts)) + len(uniforms[0]))
-        return sample(policy, prompts, uniforms, temperature, lanes)
-
-    monkeypatch.setattr(ToyPolicy, "sample", spy)
+def test_every_prompt_and_what_is_written_after_it_fit_the_context(history):
     left = []
-    for context in range(305, 400):
-        asked.clear()
+    for context in range(305, 400, 2):
         sizes = {"history": history, "context": context, "action_tokens": 9, "tip_tokens": 40}
         policy, episodes = play(JOBS[:2], memory_prob=0.5, seed=context, **sizes)
         rollout.write_tips(policy, episodes, Settings(**sizes))
         assert all(e.tip for e in episodes)
-        left.append(context - max(asked))
+        left.append(context - max(prompt + answer for _, prompt, answer in policy.asked))
     assert min(left) == 0, "all the room there is, and no more"
-
-
-def test_a_tip_is_asked_for_in_the_format_of_the_model():
-    """Also after a first turn that was left out in the middle of its action."""
-    policy = Policy.load(str(ROOT / "standin" / "house"))
-    said = ["A hall.", "look around", "A room.", "open box", "An empty box."]
-    cut, whole = policy.encode(said[1]), [*policy.encode(said[3]), policy.end_id]
-    turns = [
-        Turn(said[0], policy.message("user", said[0]), action_ids=cut),
-        Turn(said[2], policy.message("user", said[2]), action_ids=whole),
-    ]
-    for turn in turns:
-        turn.past_ids = rollout.past(policy, turn)
-    turns[-1].next_observation = said[4]
-    system = policy.message("system", "Be brief.")
-    e = Episode(JOBS[0], None, 0, "text", system, policy.header, turns)
-    request = f"{said[4]}\n\n{rollout.TIP_REQUEST.format(score=0)}"
-    whole = rollout.tip_prompt(policy, e, 10_000)
-    for context, shown in ((len(whole), said[:4]), (len(whole) - 1, said[2:4])):
-        roles = ["system", *["user", "assistant"] * (len(shown) // 2), "user"]
-        messages = zip(roles, ["Be brief.", *shown, request], strict=True)
-        assert rollout.tip_prompt(policy, e, context) == policy.tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in messages],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
 
 
 def test_a_run_does_not_start_without_room_for_the_longest_request():
