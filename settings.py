@@ -280,8 +280,8 @@ def config_words(path):
     words = []
     for name, value in pairs:
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return words
+        words += [f"--{str(name).replace('_', '-')}", *map(str, values)]
+    return with_home(words)
 
 
 def with_home(argv):
