@@ -272,7 +272,7 @@ def config_words(path):
     """The settings in a YAML file, as words of a command line, but for `sweep`."""
     content = read_config(path)
     content.pop("sweep", None)
-    return as_words(content)
+    return with_home(as_words(content))
 
 
 def as_words(mapping):
