@@ -12,7 +12,9 @@ them: turns linearly in between, the update by its padded tokens.
   tips              reading the requests and sampling 100 tokens
   ..., graphs       with the steps of sampling recorded as CUDA graphs (--decode-graph)
   pre-pass, update  old log-probs, and the steps
-  memory            peaks in GB, measured beside computed; not in the table
+
+gpu.json also has the peak of each piece in GB: that of decode (128 dialogues of about 2,000 tokens)
+and of the update (16,384 tokens) can be held against what gpu_memory.py computes.
 
 `floor` is what the necessary work takes at the peak rates measured in the same run: matrix products
 of each token needed, or reading weights, keys and values once a step. Without a GPU a tiny model is
@@ -57,25 +59,18 @@ class Scale:
     sampled: int  # tokens of a measured action
     micro_tokens: int
     matrix: int  # rows of the matrices of the peak rate
-    context: int = gpu_memory.TYPICAL  # tokens of a dialogue, about
+    context: int | None = None  # tokens of a dialogue, about; None = as recorded
 
 
-TINY = Qwen2Config(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=2000,
-)
 GPU = Scale(gpu_memory.QWEN_7B, torch.bfloat16, 128, (0, 7, 15, 22, 29), 16, 16384, 8192)
-CPU = Scale(TINY, torch.float32, 3, (0, 4), 3, 4096, 256)
+CPU = Scale(gpu_memory.TINY, torch.float32, 3, (0, 4), 3, 4096, 256)
 
 
 # --- The pieces of an iteration -------------------------------------------------------------------
 def seconds(run, prepare=lambda: None, repeats=3):
     """Median time of `run`, after a first one that is not counted. `prepare` is not timed."""
     times = []
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(1 + repeats):
         prepare()
         synchronize()
@@ -84,12 +79,6 @@ def seconds(run, prepare=lambda: None, repeats=3):
         synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def synchronize():
-    """Wait for the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def peak_rates(device, scale):
@@ -104,16 +93,6 @@ def peak_rates(device, scale):
     }
 
 
-class CudaBytes:
-    """Bytes of the GPU's tensors, as torch's allocator counts them."""
-
-    def reset(self):
-        torch.cuda.reset_peak_memory_stats()
-
-    peak = property(lambda self: torch.cuda.max_memory_allocated())
-    live = property(lambda self: torch.cuda.memory_allocated())
-
-
 class Bench:
     """A policy, episodes as long as recorded ones, and what their turns cost."""
 
@@ -122,9 +101,8 @@ class Bench:
         self.scale = scale
         self.rates = rates
         rng = np.random.default_rng(0)
-        context = None if scale.context == gpu_memory.TYPICAL else scale.context
         self.episodes = [
-            gpu_memory.make_episode(policy, rng, n, context) for n in range(scale.dialogues)
+            gpu_memory.make_episode(policy, rng, n, scale.context) for n in range(scale.dialogues)
         ]
         self.turns = min(len(episode.turns) for episode in self.episodes)
         self.request = gpu_memory.message(policy, rng, "user", TIP_REQUEST) + policy.header
@@ -135,8 +113,8 @@ class Bench:
         layers = base.model.layers
         linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
         self.products = sum(m.in_features * m.out_features for m in linear)  # of a token
-        read = [p for name, p in base.named_parameters() if "embed_tokens" not in name]
-        self.weight_bytes = sum(p.nbytes for p in read)
+        looked_up = base.model.embed_tokens.weight.nbytes
+        self.weight_bytes = sum(p.nbytes for p in base.parameters()) - looked_up
         key = layers[0].self_attn.k_proj
         self.cache_bytes = 2 * len(layers) * key.out_features * base.dtype.itemsize  # of a token
 
@@ -201,27 +179,20 @@ class Bench:
             "needed": needed,
             "computed": self.all_turns(computed),
             "floor": self.flops_floor(needed),
-            "measured": dict(zip(self.scale.turns, times, strict=True)),
         }
 
     def decode(self, record=None):
         """Sampling at each turn, as many steps as the longest recorded action there."""
         self.begin(record)
-        times, floors = [], []
+        measured = {"seconds": [], "floor": []}
         for t in self.scale.turns:
             _, prompts = self.turn(t)
-            times.append(self.step(prompts))
-            floors.append(self.step_floor(len(prompts), statistics.mean(map(len, prompts))))
-        longest = [
-            max(len(e.turns[t].action_ids) for e in self.episodes) for t in range(self.turns)
-        ]
-        steps = float(np.mean(longest))
-        return {
-            "seconds": steps * self.all_turns(times),
-            "floor": steps * self.all_turns(floors),
-            "steps a turn": steps,
-            "a step": dict(zip(self.scale.turns, times, strict=True)),
-        }
+            length = statistics.mean(map(len, prompts))
+            measured["seconds"].append(self.step(prompts))
+            measured["floor"].append(self.step_floor(len(prompts), length))
+        turns = zip(*(episode.turns for episode in self.episodes), strict=False)
+        steps = statistics.mean(max(len(turn.action_ids) for turn in t) for t in turns)
+        return {name: steps * self.all_turns(of) for name, of in measured.items()}
 
     def step(self, prompts):
         """Seconds of a step of sampling."""
@@ -263,21 +234,6 @@ class Bench:
             "floor": self.flops_floor(needed, 3 if with_gradient else 1),
         }
 
-    def memory_peaks(self, load_in_4bit):
-        """Peaks in GB: measured beside computed (gpu_memory.py)."""
-        scale = self.scale
-        sizes = (scale.context,), (scale.dialogues,), (scale.micro_tokens,)
-        computed = gpu_memory.compute(scale.config, load_in_4bit, scale.dtype, *sizes)
-        found = {"computed": computed}
-        if self.policy.device.type == "cuda":
-            self.begin()
-            self.policy.model.zero_grad()
-            found["measured"] = gpu_memory.all_peaks(self.policy, CudaBytes(), *sizes)
-        return {
-            " ".join(map(str, piece)): {how: peaks[piece] / 1e9 for how, peaks in found.items()}
-            for piece in computed
-        }
-
     def all_turns(self, values):
         """The sum over all turns of an iteration, between the measured ones linearly."""
         return float(np.interp(range(self.turns), self.scale.turns, values).sum())
@@ -290,19 +246,21 @@ def measure(scale, load_in_4bit, device, rates, note):
     model = gpu_memory.skeleton(scale.config, load_in_4bit, scale.dtype)
     bench = Bench(gpu_memory.fill(model, device), scale, rates)
     pieces = {"prefill": bench.prefill, "decode": bench.decode, "tips": bench.tips}
-    if bench.policy.device.type == "cuda":
+    on_gpu = bench.policy.device.type == "cuda"
+    if on_gpu:
         pieces["decode, graphs"] = partial(bench.decode, CudaGraphs())
         pieces["tips, graphs"] = partial(bench.tips, CudaGraphs())
-    pieces |= {
-        "pre-pass": partial(bench.learn, with_gradient=False),
-        "update": partial(bench.learn, with_gradient=True),
-        "memory": partial(bench.memory_peaks, load_in_4bit),
-    }
+    pieces["pre-pass"] = partial(bench.learn, with_gradient=False)
+    pieces["update"] = partial(bench.learn, with_gradient=True)
     for name, piece in pieces.items():
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
             result = piece()
         except RuntimeError as error:  # out of memory: what comes after it may still fit
             result = {"error": first_line(error)}
+        if on_gpu:
+            result["GB"] = torch.cuda.max_memory_allocated() / 1e9
         note(name, result)
     bench.close()
 

@@ -51,16 +51,17 @@ aten = torch.ops.aten
 
 
 # --- A policy with random weights -----------------------------------------------------------------
-QWEN_7B = Qwen2Config(
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=152064,
-    max_position_embeddings=32768,
-    tie_word_embeddings=False,
-)
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "vocab_size")  # fmt: skip
+
+
+def shape(*sizes):
+    """A Qwen2 configuration with these `SIZES`."""
+    return Qwen2Config(**dict(zip(SIZES, sizes, strict=True)), tie_word_embeddings=False)
+
+
+QWEN_7B = shape(3584, 18944, 28, 28, 4, 152064)
+TINY = shape(64, 128, 2, 4, 2, 2000)
 
 
 def skeleton(config, load_in_4bit=False, dtype=torch.bfloat16):
@@ -128,11 +129,9 @@ def make_episode(policy, rng, number=0, context=None):
     p and q). context: turns are left out, or observations lengthened, until it has so many tokens.
     """
     lengths = LENGTHS[number % len(LENGTHS)]
-    longer = 0
-    if context:
-        while total(lengths) > context:
-            lengths = lengths[:-1]
-        longer = (context - total(lengths)) // len(lengths)
+    while context and total(lengths) > context:
+        lengths = lengths[:-1]
+    longer = (context - total(lengths)) // len(lengths) if context else 0
     system = message(policy, rng, "system", SYSTEM)
     episode = Episode(Job("", 0, number, 0), rng, number, "", system, policy.header)
     for t, (observation, action) in enumerate(lengths):
@@ -305,30 +304,20 @@ def longest_rows(policy, micro_tokens, context):
     return rows, context + max(0, micro_tokens // rows - longest)
 
 
-def all_peaks(policy, memory, contexts, batches, micro_tokens):
-    """Bytes: {("weights",): ..., ("update", tokens): ..., ("prefill", dialogues, context): ...}.
-
-    memory: has `reset()`, `peak` and `live`.
-    """
+def all_peaks(policy, memory, contexts):
+    """Bytes: {("weights",): ..., ("update", tokens): ..., ("prefill", dialogues, context): ...}."""
     peaks = {("weights",): memory.live}
     optimizer = torch.optim.AdamW(policy.trainable())
     update_peak(policy, optimizer, memory, 1, contexts[0])  # gradients and moments stay
     peaks["with gradients and moments",] = memory.live
-    for tokens in micro_tokens:
+    for tokens in MICRO_TOKENS:
         rows, context = longest_rows(policy, tokens, contexts[-1])
         peaks["update", tokens] = update_peak(policy, optimizer, memory, rows, context)
-    for dialogues in batches:
+    for dialogues in ROLLOUT_BATCHES:
         for context in contexts:
             for piece, peak in rollout_peaks(policy, memory, dialogues, context).items():
                 peaks[piece, dialogues, context] = peak
     return peaks
-
-
-def compute(config, load_in_4bit, dtype, *sizes):
-    """The same without the weights."""
-    model = skeleton(config, load_in_4bit, dtype)
-    with imagined() as memory:
-        return all_peaks(fill(model), memory, *sizes)
 
 
 def what_fits(peaks, card, contexts):
@@ -354,11 +343,12 @@ def main():
     parser.parse_args()
     transformers_logging.set_verbosity_error()
     contexts = TYPICAL, Settings().context
-    sizes = contexts, ROLLOUT_BATCHES, MICRO_TOKENS
     computed = {}
     print(f"torch {torch.__version__}\n\n| weights | peak of | tokens | GB |\n|---|---|---|---|")
     for weights, load_in_4bit in (("NF4", True), ("bf16", False)):
-        computed[weights] = compute(QWEN_7B, load_in_4bit, torch.bfloat16, *sizes)
+        model = skeleton(QWEN_7B, load_in_4bit)
+        with imagined() as memory:
+            computed[weights] = all_peaks(fill(model), memory, contexts)
         for (name, *tokens), peak in computed[weights].items():
             tokens = " x ".join(f"{count:,}" for count in tokens)
             print(f"| {weights} | {name} | {tokens} | {peak / 1e9:.1f} |")

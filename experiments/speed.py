@@ -11,7 +11,7 @@ gradients have been compared with the plain version's: the difference is printed
   update    plain: a row for each (prompt, action) pair
             ours:  a row for each episode, with branches
   env       plain: the package's ScienceWorldEnv, a JVM each
-            ours:  many simulators in one JVM
+            ours:  16 simulators in one JVM
 
 All of it is measured on the CPU; experiments/gpu.py says what the time goes to on a GPU.
 """
@@ -24,19 +24,17 @@ import time
 from functools import partial
 
 import numpy as np
-import psutil
 import torch
 from scienceworld import ScienceWorldEnv
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 import rollout
 from empo2 import Algorithm, accumulate_gradient
 from engine.packing import micro_batches, pack
-from experiments.gpu_memory import fill, learnt_pairs, message, skeleton, some_ids
+from experiments.gpu_memory import fill, learnt_pairs, message, shape, skeleton, some_ids
 from settings import Settings
-from worlds.scienceworld import Jvm, ScienceWorld, find_java
+from worlds.scienceworld import ScienceWorld, find_java
 
 DIALOGUES = 4  # side by side
 TURNS = 30  # of an episode
@@ -47,15 +45,7 @@ UPDATE_EPISODES = 2  # of an optimiser step
 SIMULATORS = 16
 REPEATS = 3
 SETTINGS = Settings(micro_tokens=16384, min_prob=0.0)
-SMALL = Qwen2Config(
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=1735,
-    tie_word_embeddings=False,
-)
+SMALL = shape(256, 768, 4, 8, 2, 1735)
 WALK = ("look around", "teleport to kitchen", "look around", "open cupboard",
         "pick up thermometer", "inventory")  # fmt: skip
 
@@ -74,17 +64,11 @@ def plain_sample(policy, prompts, actions):
         action = actions[b]
         return [action[min(len(ids) - width, len(action) - 1)]]
 
-    with policy.autocast():
+    options = {"max_new_tokens": longest, "min_new_tokens": longest, "do_sample": False}
+    options |= {"pad_token_id": policy.end_id, "prefix_allowed_tokens_fn": forced}
+    with policy.autocast():  # the logits are raw, as if nothing was forced
         out = policy.model.generate(
-            input_ids=ids.to(policy.device),
-            attention_mask=seen.to(policy.device),
-            prefix_allowed_tokens_fn=forced,
-            max_new_tokens=longest,
-            min_new_tokens=longest,
-            do_sample=False,
-            pad_token_id=policy.end_id,
-            return_dict_in_generate=True,
-            output_logits=True,  # raw, as if nothing was forced
+            ids, attention_mask=seen, output_logits=True, return_dict_in_generate=True, **options
         )
     logps = torch.stack(out.logits, 1).float().log_softmax(-1)  # [B, longest, vocab]
     return [logps[b, range(len(action)), action].tolist() for b, action in enumerate(actions)]
@@ -220,10 +204,7 @@ def bench_env(steps=60):
     arms = partial(run, [stock], steps), partial(run, ours, steps * 4 // SIMULATORS)
     counts = [arm() for arm in arms]  # the JVMs warm up
     plain, fast = (count / took for count, took in zip(counts, timed(*arms), strict=True))
-    resident = psutil.Process(Jvm.living[0].process.pid).memory_info().rss / 1e9
-    note = f"{SIMULATORS} simulators in one JVM of {resident:.2f} GB resident"
-    name = "ScienceWorld, steps per second"
-    print(f"\n{name:38}{plain:12.0f}{fast:12.0f}{fast / plain:9.1f}x   {note}")
+    print(f"\n{'ScienceWorld, steps per second':38}{plain:12.0f}{fast:12.0f}{fast / plain:9.1f}x")
     stock.close()
 
 

@@ -4,7 +4,6 @@
   python -m experiments.sweep laptop --seeds 7 --presets empo2  # what comes later counts
   python -m experiments.sweep stages --presets empo2 --grid memory_prob=0.1,0.4 max_tips=1,4
   python -m experiments.sweep --out sweeps/mine --tasks find-plant find-animal -- --eval-every 5
-  python -m experiments.sweep --out sweeps/mine --report  # only the report, also meanwhile
 
 A file has settings of train.py for all runs, and under `sweep` the options of this program. What
 follows -- are settings for all runs, too. A preset overrides both, since it is what is compared;
@@ -13,7 +12,7 @@ without repeating what is finished. OUT holds
   TASK/PRESET/SEED    the run of each cell, its output in SEED.log (TASK = together with --together;
                       with --grid PRESET is, for instance, empo2,memory_prob=0.4)
   sweep.json          the sweep's settings, cells and failures, and what it was run with
-  summary.md, curves.png, results.json    the report
+  summary.md, curves.png, results.json    the report, written anew whenever a run has ended
 """
 
 import argparse
@@ -55,14 +54,8 @@ def setting(word):
 
 def select(words, wanted):
     """The settings of a command line, with their values, that are `wanted` by their name."""
-    kept = []
-    keep = True
-    for word in words:
-        if word.startswith("--"):
-            keep = wanted(setting(word))
-        if keep:
-            kept.append(word)
-    return kept
+    names = itertools.accumulate(words, lambda name, word: word if word.startswith("--") else name)
+    return [word for word, name in zip(words, names, strict=True) if wanted(setting(name))]
 
 
 def make_variants(presets, grid):
@@ -88,9 +81,7 @@ def make_variants(presets, grid):
 
 def make_cells(args, shared):
     """{TASK/PRESET/SEED: the arguments of train.py}."""
-    groups = {task: [task] for task in args.tasks}
-    if args.together:
-        groups = {"together": args.tasks}
+    groups = {"together": args.tasks} if args.together else {task: [task] for task in args.tasks}
     cells = {}
     for seed, (folder, tasks) in itertools.product(args.seeds, groups.items()):
         for variant, words in args.variants.items():
@@ -110,13 +101,14 @@ def start(run_dir, argv, env):
         argv = ["--resume", "--run-dir", str(run_dir), *may_change]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run_dir}.log", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(TRAIN), *argv],
+        command = [sys.executable, str(TRAIN), *argv]
+        return subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through the sweep
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=env,
-            start_new_session=True,  # Ctrl-C reaches it once, through the sweep
+            start_new_session=True,
         )
 
 
@@ -132,45 +124,29 @@ def announce(cells, waiting, jobs, minutes):
     said = f"{len(cells)} runs, {len(waiting)} of them to do, {jobs} at a time"
     if minutes:
         hours = math.ceil(len(waiting) / jobs) * minutes / 60
-        said += (
-            f": about {hours:.1f} hours, at {minutes:g} minutes a run, two cores of an Intel Xeon"
-        )
+        said += f": about {hours:.1f} hours, at {minutes:g} minutes a run"
     print(said, flush=True)
-
-
-def so_far(name, run_dir):
-    """A running cell and its newest tip-free score, for the progress bar."""
-    evals = runs.records(run_dir / "evals.jsonl")
-    if not evals:
-        return name
-    return f"{name}: {evals[-1]['score']:.1f} at {evals[-1]['iteration']}"
 
 
 def run_cells(out, cells, args, failed, save):
     """Run what is not finished; `failed` gets {name: why}, `save` is called after each cell."""
-    jobs = args.jobs
     env = os.environ | {"PYTHONUNBUFFERED": "1"}  # the log shall end with what was said last
-    if jobs > 1 and not torch.cuda.is_available():
-        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    if args.jobs > 1 and not torch.cuda.is_available():
+        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
     waiting = [name for name in cells if not report.finished(out / name)]
-    announce(cells, waiting, jobs, args.minutes)
+    announce(cells, waiting, args.jobs, args.minutes)
     for name in cells:
         failed.pop(name, None)
     running = {}
     bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="runs", dynamic_ncols=True)
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < args.jobs:
                 name = waiting.pop(0)
                 running[name] = start(out / name, cells[name], env)
             time.sleep(0.2)
-            status = ", ".join(so_far(name, out / name) for name in running)
-            if status != bar.postfix:
-                bar.set_postfix_str(status)
-            for name, process in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[name]
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                process = running.pop(name)
                 if not report.finished(out / name):
                     said = last_words(out / f"{name}.log")
                     failed[name] = f"exit code {process.returncode}: {said}"
@@ -205,19 +181,11 @@ def parse(argv):
     add("--out", type=Path, help="folder of the sweep [sweeps/EXPERIMENT]")
     add("--tasks", nargs="+", help="a run for each [the environment's choice]")
     add("--presets", nargs="+", default=["grpo", "empo2"], help=", ".join(PRESETS))
-    add(
-        "--grid",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE,...",
-        help="values of a setting, all beside each preset; of several settings their product",
-    )
+    add("--grid", nargs="+", action="extend", default=[], help="NAME=VALUE,VALUE of a setting")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--jobs", type=int, default=1, help="runs at the same time (default 1)")
     add("--together", action="store_true", help="train all tasks in one run")
     add("--minutes", type=float, help="of a run, to say how long all of them take")
-    add("--report", action="store_true", help="run nothing, only write the report")
     argv = with_home(argv)
     own, shared = [], []
     if argv and not argv[0].startswith("-"):
@@ -263,11 +231,8 @@ def common_settings(args, shared):
         if not train.parse(argv)[0].eval_every:
             raise ValueError("a sweep compares tip-free evaluations; add -- --eval-every 5")
     common = dataclasses.asdict(train.parse(shared)[0]) | {"together": args.together}
-    for name in (*OWN, *runs.RESUMABLE):
-        del common[name]
-    if args.together:
-        common["tasks"] = sorted(args.tasks)
-    return common
+    common = {k: v for k, v in common.items() if k not in (*OWN, *runs.RESUMABLE)}
+    return common | ({"tasks": sorted(args.tasks)} if args.together else {})
 
 
 def surroundings(argv, settings):
@@ -317,15 +282,14 @@ def sweep(args, shared, argv):
         content["runs"] = [*(one for one in old.get("runs", []) if one != run), run]
 
         def save():
-            path.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
-            os.replace(path.with_suffix(".tmp"), path)
+            runs.write_json(path, content)
+            report.report(args.out, content)
 
         save()
         try:
             run_cells(args.out, cells, args, content["failed"], save)
         finally:
             save()
-            report.report(args.out, content)
     return sum(name in content["failed"] for name in cells)
 
 
@@ -333,16 +297,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     handle(STOPS, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
-    failed = 0
     try:
         args, shared = parse(argv)
-        path = args.out / "sweep.json"
-        if not args.report:
-            failed = sweep(args, shared, argv)
-        elif path.exists():
-            report.report(args.out, json.loads(path.read_text()))
-        else:
-            raise ValueError(f"{args.out}: no sweep here")
+        failed = sweep(args, shared, argv)
     except KeyboardInterrupt:
         print("sweep: stopped; the same command continues", file=sys.stderr)
         return 130
