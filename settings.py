@@ -254,7 +254,12 @@ def of_algorithm(name):
     if name == "empo2":
         return Settings, "empo2"
     algorithm = algorithm_class(name)
-    return algorithm.Settings, algorithm.preset
+    own = algorithm.Settings
+    if not issubclass(own, Settings) or "__dataclass_fields__" not in vars(own):
+        raise ValueError(
+            f"{name}: its Settings must be a @dataclass, and a subclass of settings.Settings"
+        )
+    return own, algorithm.preset
 
 
 def read_config(path):

@@ -183,10 +183,11 @@ def sources(s):
 def changed_sources(folder):
     """{"algorithm" or "env": its file}, where it is another than when the checkpoint was made."""
     s, state = read_checkpoint(folder)
-    now = sources(s)
-    files = {"algorithm": s.algorithm, "env": s.env}
     return {
-        name: file for name, file in files.items() if state["sources"].get(file) != now.get(file)
+        option: name
+        for option, name in (("algorithm", s.algorithm), ("env", s.env))
+        if name in state["sources"]
+        and state["sources"][name] != sha256(plugins.place(name, "algorithms"))
     }
 
 

@@ -21,9 +21,9 @@ from worlds.house import House
 class World(House):
     pass
 """
-SMALL = """--env-options rooms=2 containers=2 parts=1 --tasks radio --step-limit 3 --variations 1
+SMALL = f"""--env-options rooms=2 containers=2 parts=1 --tasks radio --step-limit 3 --variations 1
     --group-size 3 --tasks-per-iteration 1 --action-tokens 16 --tip-tokens 8 --lora-r 2
-    --model standin --eval-every 0 --iterations 1""".split()
+    --model {ROOT}/standin/house --eval-every 0 --iterations 1""".split()
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ HEAD = "from empo2 import Algorithm\n"
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("gsop", "", r"unknown name in algorithms/ 'gsop'; did you mean gspo\?"),
+        ("gsop", "", r"unknown name in algorithms/ 'gsop'; did you mean gspo or sdpo\?"),
         ("fork", "", "; there are: .*gspo.* path/to/file.py"),
         ("absent.py", "", "absent.py: there is no such file"),
         ("fork.py", "x = 1", "fork.py: needs one subclass of Algorithm; it has none"),
@@ -54,12 +54,12 @@ HEAD = "from empo2 import Algorithm\n"
         ("fork.py", f"{HEAD}class A(Algorithm): preset = 'gpro'", "unknown preset 'gpro'; did you"),
         (
             "fork.py",
-            f"{HEAD}class Own(Algorithm.Settings):\n  w: int = 1\nclass A(Algorithm): Settings = Own",
+            f"{HEAD}class S(Algorithm.Settings):\n  w: int = 1\nclass A(Algorithm): Settings = S",
             "fork.py: its Settings must be a @dataclass, and a subclass of settings.Settings",
         ),
         (
             "fork.py",
-            f"{HEAD}class Own: pass\nclass A(Algorithm): Settings = Own",
+            f"{HEAD}class S: pass\nclass A(Algorithm): Settings = S",
             "fork.py: its Settings must be a @dataclass",
         ),
     ],
@@ -113,7 +113,7 @@ def test_a_world_is_a_file(fork, capsys):
     s, _ = settings.parse(["--env", "my_world.py", "--env-options", "rooms=3"])
     assert s.env == str(fork.parent / "my_world.py")
     env = envs.from_settings(s)
-    assert type(env).__name__ == "World" and len(env.tasks()) == 2
+    assert type(env).__name__ == "World" and "radio" in env.tasks()
     with pytest.raises(ValueError, match="no_world.py: there is no such file"):
         envs.make("no_world.py")
     with pytest.raises(ValueError, match="my_idea.py: needs one subclass of Env; it has none"):
@@ -184,4 +184,4 @@ def test_the_document_names_every_method_and_every_example():
     for file in (ROOT / "algorithms").glob("*.py"):
         (row,) = re.findall(rf"^\| `{file.name}` \|.*$", DOCUMENT, re.MULTILINE)
         assert row.split(" | ")[3] == str(code_lines(file)), row
-    assert len(DOCUMENT.split()) <= 700
+    assert len([word for word in DOCUMENT.split() if word.strip("|-—")]) <= 700
