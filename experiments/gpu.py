@@ -1,11 +1,11 @@
-"""Where the time of an iteration goes on a GPU, in ten minutes.
+"""Where the time of an iteration goes on a GPU.
 
   python -m experiments.gpu
 
 Weights of Qwen2.5-7B's shape are drawn at random on the GPU, in bf16 and then in NF4; nothing is
-downloaded. The lengths are those of dialogues recorded in ScienceWorld (experiments/dialogues.py).
-A few turns and micro-batches are measured, and an iteration of 16 x 8 episodes of 30 turns is
-extrapolated from them: turns linearly in between, the update by its padded tokens.
+downloaded. The lengths are those of dialogues recorded in ScienceWorld (gpu_memory.py). A few turns
+and micro-batches are measured, and an iteration of 16 x 8 episodes of 30 turns is extrapolated from
+them: turns linearly in between, the update by its padded tokens.
 
   prefill, decode   reading what is new, and sampling as many tokens as the longest action has,
                     at all turns
@@ -13,62 +13,246 @@ extrapolated from them: turns linearly in between, the update by its padded toke
   ..., graphs       with the steps of sampling recorded as CUDA graphs (--decode-graph)
   pre-pass, update  old log-probs, and the steps
 
+gpu.json also has the peak of each piece in GB: that of decode (128 dialogues of about 2,000 tokens)
+and of the update (16,384 tokens) can be held against what gpu_memory.py computes.
+
 `floor` is what the necessary work takes at the peak rates measured in the same run: matrix products
 of each token needed, or reading weights, keys and values once a step. Without a GPU a tiny model is
-measured, which shows that the program runs. Every piece is written to gpu.json when it is done.
+measured, which shows that the program runs. Every piece is written to gpu.json when it is done, so
+Ctrl-C loses none.
 """
 
 import argparse
 import gc
+import statistics
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
+from empo2 import Algorithm, accumulate_gradient, score_rows
 from engine.decode import CudaGraphs
 from engine.errors import first_line
 from engine.hardware import find_place
+from engine.packing import micro_batches, pack, shared_length
 from engine.runs import write_json
-from experiments.gpu_pieces import Bench, Scale, memory_peaks, peak_rates
-from experiments.random_policy import QWEN_7B, fill, skeleton
+from experiments import gpu_memory
+from settings import Settings
 
-TINY = Qwen2Config(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=2000,
-)
-GPU = Scale(QWEN_7B, torch.bfloat16, 128, (0, 7, 15, 22, 29), 16, 16384, 8192)
-CPU = Scale(TINY, torch.float32, 3, (0, 4), 3, 4096, 256)
+TIP_REQUEST = 80  # tokens: the last observation and the request
+TIP = 100  # tokens of the longest tip
 
 
-def measure(scale, load_in_4bit, device, rates, deadline, note):
+@dataclass
+class Scale:
+    """How much is measured."""
+
+    config: Qwen2Config
+    dtype: torch.dtype
+    dialogues: int  # side by side
+    turns: tuple  # the measured ones
+    sampled: int  # tokens of a measured action
+    micro_tokens: int
+    matrix: int  # rows of the matrices of the peak rate
+    context: int | None = None  # tokens of a dialogue, about; None = as recorded
+
+
+GPU = Scale(gpu_memory.QWEN_7B, torch.bfloat16, 128, (0, 7, 15, 22, 29), 16, 16384, 8192)
+CPU = Scale(gpu_memory.TINY, torch.float32, 3, (0, 4), 3, 4096, 256)
+
+
+# --- The pieces of an iteration -------------------------------------------------------------------
+def seconds(run, prepare=lambda: None, repeats=3):
+    """Median time of `run`, after a first one that is not counted. `prepare` is not timed."""
+    times = []
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(1 + repeats):
+        prepare()
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def peak_rates(device, scale):
+    """Operations and bytes a second: a large matrix product, and a large copy."""
+    n = scale.matrix
+    a = torch.randn(n, n, dtype=scale.dtype, device=device)
+    source = torch.zeros(16 * n * n, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return {
+        "flops": 2 * n**3 / seconds(lambda: a @ a, repeats=10),
+        "bytes": 2 * source.nbytes / seconds(lambda: target.copy_(source), repeats=10),
+    }
+
+
+class Bench:
+    """A policy, episodes as long as recorded ones, and what their turns cost."""
+
+    def __init__(self, policy, scale, rates):
+        self.policy = policy
+        self.scale = scale
+        self.rates = rates
+        rng = np.random.default_rng(0)
+        self.episodes = [
+            gpu_memory.make_episode(policy, rng, n, scale.context) for n in range(scale.dialogues)
+        ]
+        self.turns = min(len(episode.turns) for episode in self.episodes)
+        self.request = gpu_memory.message(policy, rng, "user", TIP_REQUEST) + policy.header
+        self.settings = Settings(micro_tokens=scale.micro_tokens)
+        self.computed = 0  # tokens that went through the model
+        base = policy.model.get_base_model()
+        self.hook = base.model.register_forward_pre_hook(self.count, with_kwargs=True)
+        layers = base.model.layers
+        linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
+        self.products = sum(m.in_features * m.out_features for m in linear)  # of a token
+        looked_up = base.model.embed_tokens.weight.nbytes
+        self.weight_bytes = sum(p.nbytes for p in base.parameters()) - looked_up
+        key = layers[0].self_attn.k_proj
+        self.cache_bytes = 2 * len(layers) * key.out_features * base.dtype.itemsize  # of a token
+
+    def count(self, module, args, kwargs):
+        self.computed += kwargs["input_ids"].numel()
+
+    def close(self):
+        """Hold on to nothing."""
+        self.hook.remove()
+        self.policy.forget()
+
+    def begin(self, record=None):
+        """With an empty cache. record: what records the steps of sampling, as of Policy."""
+        self.policy.record = record
+        self.policy.forget()
+
+    def hold(self, held):
+        """Make the cache believe that it holds these ids: what they are costs no time."""
+        self.policy.cache.bring_to_front(range(len(held)))
+        self.policy.cache.held[: len(held)] = [list(ids) for ids in held]
+
+    def sample(self, prompts, tokens):
+        """Sample so many tokens after each prompt."""
+        uniforms = np.full((len(prompts), tokens), 0.5)
+        self.policy.sample(prompts, uniforms, 1.0, range(len(prompts)))
+
+    def turn(self, t):
+        """(what the dialogues hold, their prompts) at turn t."""
+        held = [[] for _ in self.episodes]
+        if t:
+            held = [
+                e.prompt(t - 1, e.turns[t - 1].shown_ids) + e.turns[t - 1].action_ids
+                for e in self.episodes
+            ]
+        return held, [episode.prompt(t, episode.turns[t].shown_ids) for episode in self.episodes]
+
+    def flops_floor(self, tokens, passes=1):
+        """Seconds of the matrix products of so many tokens."""
+        return passes * 2 * self.products * tokens / self.rates["flops"]
+
+    def step_floor(self, dialogues, context):
+        """Seconds to read all weights, and all keys and values, once."""
+        return (self.weight_bytes + dialogues * context * self.cache_bytes) / self.rates["bytes"]
+
+    # --- Pieces: each returns a dict that goes to the JSON ---
+    def prefill(self):
+        """Reading what is new at each turn."""
+        self.begin()
+        times, needed, computed = [], [], []
+        for t in self.scale.turns:
+            held, prompts = self.turn(t)
+            self.hold(held)
+            self.computed = 0
+            self.sample(prompts, 1)
+            computed.append(self.computed)
+            shared = map(shared_length, held, prompts)
+            needed.append(sum(map(len, prompts)) - sum(shared))
+            times.append(seconds(partial(self.sample, prompts, 1), partial(self.hold, held)))
+        needed = self.all_turns(needed)
+        return {
+            "seconds": self.all_turns(times),
+            "needed": needed,
+            "computed": self.all_turns(computed),
+            "floor": self.flops_floor(needed),
+        }
+
+    def decode(self, record=None):
+        """Sampling at each turn, as many steps as the longest recorded action there."""
+        self.begin(record)
+        measured = {"seconds": [], "floor": []}
+        for t in self.scale.turns:
+            _, prompts = self.turn(t)
+            length = statistics.mean(map(len, prompts))
+            measured["seconds"].append(self.step(prompts))
+            measured["floor"].append(self.step_floor(len(prompts), length))
+        turns = zip(*(episode.turns for episode in self.episodes), strict=False)
+        steps = statistics.mean(max(len(turn.action_ids) for turn in t) for t in turns)
+        return {name: steps * self.all_turns(of) for name, of in measured.items()}
+
+    def step(self, prompts):
+        """Seconds of a step of sampling."""
+        n = self.scale.sampled
+        prepare = partial(self.hold, prompts)
+        long = seconds(partial(self.sample, prompts, n + 1), prepare)
+        return (long - seconds(partial(self.sample, prompts, 1), prepare)) / n
+
+    def tips(self, record=None):
+        """Summing up all episodes."""
+        self.begin(record)
+        held = [e.prompt(-1, e.turns[-1].shown_ids) + e.turns[-1].action_ids for e in self.episodes]
+        prompts = [ids + self.request for ids in held]
+        reading = seconds(partial(self.sample, prompts, 1), partial(self.hold, held))
+        context = statistics.mean(map(len, prompts))
+        floor = self.flops_floor(len(prompts) * len(self.request))
+        floor += TIP * self.step_floor(len(prompts), context)
+        return {"seconds": reading + TIP * self.step(prompts), "floor": floor}
+
+    def learn(self, with_gradient):
+        """All micro-batches of the iteration, from the largest one."""
+        s = self.settings
+        rows = [pack(gpu_memory.learnt_pairs(episode, s)) for episode in self.episodes]
+        batches = []
+        for first in range(0, len(rows), s.minibatch_episodes):
+            batches += micro_batches(rows[first : first + s.minibatch_episodes], s.micro_tokens)
+        sizes = [len(batch) * max(len(row.ids) for row in batch) for batch in batches]
+        batch = batches[int(np.argmax(sizes))]
+        self.begin()
+        run = partial(score_rows, self.policy, batch, s)
+        if with_gradient:
+            run = partial(accumulate_gradient, self.policy, batch, Algorithm(s), denominator=1)
+        one = seconds(run)
+        needed = sum(len(row.ids) for row in rows)
+        return {
+            "seconds": one * sum(sizes) / max(sizes),
+            "needed": needed,
+            "computed": sum(sizes),
+            "floor": self.flops_floor(needed, 3 if with_gradient else 1),
+        }
+
+    def all_turns(self, values):
+        """The sum over all turns of an iteration, between the measured ones linearly."""
+        return float(np.interp(range(self.turns), self.scale.turns, values).sum())
+
+
+# --- All of them ----------------------------------------------------------------------------------
+def measure(scale, load_in_4bit, device, rates, note):
     """All pieces with one kind of weights; note(name, result) is told each when it is done."""
     torch.manual_seed(0)
-    bench = Bench(fill(skeleton(scale.config, load_in_4bit, scale.dtype), device), scale, rates)
-    on_gpu = bench.policy.device.type == "cuda"
+    model = gpu_memory.skeleton(scale.config, load_in_4bit, scale.dtype)
+    bench = Bench(gpu_memory.fill(model, device), scale, rates)
     pieces = {"prefill": bench.prefill, "decode": bench.decode, "tips": bench.tips}
+    on_gpu = bench.policy.device.type == "cuda"
     if on_gpu:
-        pieces["decode, graphs"] = lambda: bench.decode(CudaGraphs())
-        pieces["tips, graphs"] = lambda: bench.tips(CudaGraphs())
-    pieces |= {
-        "pre-pass": partial(bench.learn, with_gradient=False),
-        "update": partial(bench.learn, with_gradient=True),
-        "sampler gap": bench.sampler_gap,
-        "memory": partial(memory_peaks, bench, load_in_4bit),
-        "attention": bench.attention,
-    }
-    for number, (name, piece) in enumerate(pieces.items()):
-        left = deadline - time.monotonic()
-        bench.until = time.monotonic() + left / (len(pieces) - number)
-        if left < 0:
-            note(name, {"error": "no time was left"})
-            continue
+        pieces["decode, graphs"] = partial(bench.decode, CudaGraphs())
+        pieces["tips, graphs"] = partial(bench.tips, CudaGraphs())
+    pieces["pre-pass"] = partial(bench.learn, with_gradient=False)
+    pieces["update"] = partial(bench.learn, with_gradient=True)
+    for name, piece in pieces.items():
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -77,7 +261,6 @@ def measure(scale, load_in_4bit, device, rates, deadline, note):
             result = {"error": first_line(error)}
         if on_gpu:
             result["GB"] = torch.cuda.max_memory_allocated() / 1e9
-            result["GB with gaps"] = torch.cuda.max_memory_reserved() / 1e9
         note(name, result)
     bench.close()
 
@@ -88,26 +271,18 @@ def table(results):
     lines.append("|---|---|---|---|---|---|")
     for weights, pieces in results["weights"].items():
         timed = {name: piece for name, piece in pieces.items() if "seconds" in piece}
+        whole = {"seconds": 0.0, "floor": 0.0}
         for name, piece in timed.items():
-            padded = ""
-            if "needed" in piece:
-                padded = f"{piece['computed'] / piece['needed']:.2f}"
-            lines.append(line(weights, name, piece["seconds"], piece["floor"], padded))
-        for name in ("decode", "tips"):
-            if f"{name}, graphs" in timed:  # instead of it
-                del timed[name]
-        total = sum(piece["seconds"] for piece in timed.values())
-        floor = sum(piece["floor"] for piece in timed.values())
+            if f"{name}, graphs" not in timed:  # which is instead of it
+                whole = {key: value + piece[key] for key, value in whole.items()}
         if timed:
-            lines.append(line(weights, "all, without the environment", total, floor, ""))
+            timed["all, without the environment"] = whole
+        for name, piece in timed.items():
+            took, floor = piece["seconds"], piece["floor"]
+            padded = f"{piece['computed'] / piece['needed']:.2f}" if "needed" in piece else ""
+            cells = f"{took:.3g} | {floor:.3g} | {took / floor:.1f} | {padded}"
+            lines.append(f"| {weights} | {name} | {cells} |")
     return lines
-
-
-def line(weights, name, seconds, floor, padded):
-    """A line of the table."""
-    return (
-        f"| {weights} | {name} | {seconds:.3g} | {floor:.3g} | {seconds / floor:.1f} | {padded} |"
-    )
 
 
 def main(argv=None):
@@ -115,9 +290,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("gpu.json"), help="file to write (default: %(default)s)")
-    add("--minutes", type=float, default=9, help="stop after about so many (default: 9)")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="file to write")
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"{args.out} exists; give another --out")
@@ -127,7 +300,7 @@ def main(argv=None):
     scale = GPU if place.gigabytes else CPU
     rates = peak_rates(place.device, scale)
     results = {"place": place.name, "torch": torch.__version__, "rates": rates, "weights": {}}
-    for number, load_in_4bit in enumerate((False, True), 1):
+    for load_in_4bit in (False, True):
         weights = "NF4" if load_in_4bit else str(scale.dtype).removeprefix("torch.")
         own = results["weights"][weights] = {}
 
@@ -136,8 +309,7 @@ def main(argv=None):
             write_json(args.out, results)
             print(f"{time.monotonic() - begin:4.0f} s  {weights} {name}: {result}", flush=True)
 
-        deadline = begin + 60 * args.minutes * number / 2
-        measure(scale, load_in_4bit, place.device, rates, deadline, note)
+        measure(scale, load_in_4bit, place.device, rates, note)
         gc.collect()  # or the next model would not fit
         torch.cuda.empty_cache()
     print("", *table(results), sep="\n")

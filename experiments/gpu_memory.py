@@ -6,25 +6,37 @@ The project's own code runs, with the shape of the model, on tensors that have a
 numbers (torch's FakeTensorMode); what is alive after each operation is added up. So the table
 follows the code. It does not see what a kernel allocates for itself, gaps between blocks, and what
 CUDA keeps: a tenth of the card is left for these.
+
+The policies with random weights and the episodes of random ids are also what gpu.py and speed.py
+work on. The episodes have the lengths of real ones: lengths.json has the tokens of observation and
+action at each turn of 12 dialogues that the stand-in held with ScienceWorld (power-component, 30
+turns), counted with Qwen2.5's vocabulary.
 """
 
 import argparse
+import json
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves, tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import logging as transformers_logging
 
 from empo2 import Algorithm, accumulate_gradient
 from engine import hardware
 from engine.packing import pack
-from experiments.dialogues import TYPICAL, learnt_pairs, make_episode
-from experiments.random_policy import QWEN_7B, fill, skeleton
+from engine.plugins import ROOT
+from engine.weights import four_bit, new_adapter
+from policy import Policy
+from rollout import Episode, Job, Turn, past
 from settings import Settings
 
 CARDS = (24, 32, 40, 48, 80, 141)  # GB
@@ -36,6 +48,123 @@ ANY_TOKEN = 77  # no control token
 ACTION = 3  # tokens that are sampled
 NEWS = 512  # new tokens of a dialogue: a long observation and ten tips
 aten = torch.ops.aten
+
+
+# --- A policy with random weights -----------------------------------------------------------------
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "vocab_size")  # fmt: skip
+
+
+def shape(*sizes):
+    """A Qwen2 configuration with these `SIZES`."""
+    return Qwen2Config(**dict(zip(SIZES, sizes, strict=True)), tie_word_embeddings=False)
+
+
+QWEN_7B = shape(3584, 18944, 28, 28, 4, 152064)
+TINY = shape(64, 128, 2, 4, 2, 2000)
+
+
+def skeleton(config, load_in_4bit=False, dtype=torch.bfloat16):
+    """A model with its adapter, on the "meta" device: no numbers yet."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if load_in_4bit:
+            model = replace_with_bnb_linear(model, ["lm_head"], four_bit(dtype))
+        model.requires_grad_(False)
+        return new_adapter(model, 16, 32, 0)
+
+
+def fill(model, device="cpu", gradient_checkpointing=True):
+    """Random numbers for a skeleton, made on the device -> a policy."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            weight = 0.02 * torch.randn(parameter.shape, dtype=parameter.dtype, device=device)
+            if "Norm" in type(module).__name__:
+                weight += 1
+            if name == "weight" and isinstance(module, bitsandbytes.nn.Linear4bit):
+                pack_weight(module, weight)
+            else:
+                new = torch.nn.Parameter(weight, requires_grad=parameter.requires_grad)
+                setattr(module, name, new)
+    base = model.get_base_model()
+    rotary = type(base.model.rotary_emb)
+    base.model.rotary_emb = rotary(base.config).to(device)
+    if gradient_checkpointing:
+        options = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return Policy(model, AutoTokenizer.from_pretrained(ROOT / "standin" / "scienceworld"))
+
+
+def pack_weight(module, weight):
+    """Give a Linear4bit its NF4 weight."""
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight, quant_type="nf4", compress_statistics=False
+    )
+    # A plain parameter: bitsandbytes' own class cannot hold a tensor without numbers.
+    module.weight = torch.nn.Parameter(packed, requires_grad=False)
+    module.weight.quant_state = state
+    module.quant_state = state
+    module.support_avx512bf16_for_cpu = False
+
+
+# --- Episodes of random ids -----------------------------------------------------------------------
+LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text())
+SYSTEM = 235  # tokens of ScienceWorld's system message
+TIPS = 400  # of ten tips of 40
+MESSAGE = 10  # control tokens, role and header of a turn
+
+
+def total(lengths):
+    """Tokens of a dialogue."""
+    return SYSTEM + sum(observation + action + MESSAGE for observation, action in lengths)
+
+
+TYPICAL = sum(map(total, LENGTHS)) // len(LENGTHS)  # tokens of a dialogue
+
+
+def make_episode(policy, rng, number=0, context=None):
+    """An episode with the lengths of a recorded dialogue; its actions are random, too.
+
+    Tips are shown at every fourth turn, and two thirds of those are learnt off-policy (the default
+    p and q). context: turns are left out, or observations lengthened, until it has so many tokens.
+    """
+    lengths = LENGTHS[number % len(LENGTHS)]
+    while context and total(lengths) > context:
+        lengths = lengths[:-1]
+    longer = (context - total(lengths)) // len(lengths) if context else 0
+    system = message(policy, rng, "system", SYSTEM)
+    episode = Episode(Job("", 0, number, 0), rng, number, "", system, policy.header)
+    for t, (observation, action) in enumerate(lengths):
+        ids = message(policy, rng, "user", observation + longer)
+        turn = Turn("", ids, action_ids=[*some_ids(rng, action), policy.end_id])
+        turn.past_ids = past(policy, turn)
+        turn.logps = [-1.0] * len(turn.action_ids)
+        turn.advantage = 1.0 - 2.0 * (number % 2)
+        if (t + number) % 4 == 3:
+            turn.shown_ids = message(policy, rng, "user", TIPS)
+            turn.offpolicy = (t // 4 + number) % 3 > 0
+        episode.turns.append(turn)
+    return episode
+
+
+def learnt_pairs(episode, s):
+    """Its training pairs; their old log-probs are the sampler's, whatever the prompt."""
+    pairs = list(Algorithm(s).training_pairs(episode))
+    for turn, pair in zip(episode.turns, pairs, strict=True):
+        pair.old_logps = turn.logps
+        pair.advantages = [turn.advantage] * len(pair.action)
+    return pairs
+
+
+def message(policy, rng, role, n):
+    """A message of n random ids."""
+    empty = policy.message(role, "")
+    return empty[:-2] + some_ids(rng, n) + empty[-2:]
+
+
+def some_ids(rng, n):
+    """Random ids that are no control tokens, of any vocabulary."""
+    return rng.integers(100, 300, n).tolist()
 
 
 # --- Tensors without numbers ----------------------------------------------------------------------
@@ -167,83 +296,45 @@ def update_peak(policy, optimizer, memory, rows, context):
     return memory.peak
 
 
-def row_length(policy, context):
-    """Tokens of a row: the dialogue, and the turns that are learnt with their tips."""
-    episode = make_episode(policy, np.random.default_rng(0), context=context)
-    return len(pack(learnt_pairs(episode, Settings())).ids)
-
-
 def longest_rows(policy, micro_tokens, context):
     """(rows, context) of a micro-batch of so many tokens; a longer row stands alone."""
-    longest = row_length(policy, context)
+    episode = make_episode(policy, np.random.default_rng(0), context=context)
+    longest = len(pack(learnt_pairs(episode, Settings())).ids)  # with the turns that have tips
     rows = max(1, micro_tokens // longest)
     return rows, context + max(0, micro_tokens // rows - longest)
 
 
-def all_peaks(policy, memory, contexts, batches, micro_tokens):
-    """Bytes: {("weights",): ..., ("update", tokens): ..., ("prefill", dialogues, context): ...}.
-
-    memory: has `reset()`, `peak` and `live`.
-    """
+def all_peaks(policy, memory, contexts):
+    """Bytes: {("weights",): ..., ("update", tokens): ..., ("prefill", dialogues, context): ...}."""
     peaks = {("weights",): memory.live}
     optimizer = torch.optim.AdamW(policy.trainable())
     update_peak(policy, optimizer, memory, 1, contexts[0])  # gradients and moments stay
     peaks["with gradients and moments",] = memory.live
-    for tokens in micro_tokens:
+    for tokens in MICRO_TOKENS:
         rows, context = longest_rows(policy, tokens, contexts[-1])
         peaks["update", tokens] = update_peak(policy, optimizer, memory, rows, context)
-    for dialogues in batches:
+    for dialogues in ROLLOUT_BATCHES:
         for context in contexts:
             for piece, peak in rollout_peaks(policy, memory, dialogues, context).items():
                 peaks[piece, dialogues, context] = peak
     return peaks
 
 
-def compute(config, load_in_4bit, dtype, *sizes):
-    """The same without the weights."""
-    model = skeleton(config, load_in_4bit, dtype)
-    with imagined() as memory:
-        return all_peaks(fill(model), memory, *sizes)
+def what_fits(peaks, card, contexts):
+    """[dialogues of each length in `contexts`, ..., tokens of a micro-batch], None if nothing fits.
 
-
-def what_fits(peaks, card, context):
-    """(dialogues, tokens of a micro-batch): the most that leave a tenth of the card free, or None.
-
-    card: its GB. context: the length of all the dialogues.
+    The most that leave a tenth of the card (its GB) free.
     """
-    free = (1 - RESERVE) * card * 1e9
-    dialogues = None
-    micro_tokens = None
-    for piece, peak in peaks.items():
-        if piece[0] == "update" and peak <= free:
-            micro_tokens = piece[1]
-        elif piece[0] == "prefill" and piece[2] == context:
-            if max(peak, peaks["decode", *piece[1:]]) <= free:
-                dialogues = piece[1]
-    return dialogues, micro_tokens
+    fitting = {piece for piece, peak in peaks.items() if peak <= (1 - RESERVE) * card * 1e9}
+    most = []
+    for context in contexts:
+        decoded = {piece[1:] for piece in fitting if piece[0] == "decode"}
+        read = {piece[1:] for piece in fitting if piece[0] == "prefill" and piece[2] == context}
+        most.append(max((dialogues for dialogues, _ in read & decoded), default=None))
+    return [*most, max((piece[1] for piece in fitting if piece[0] == "update"), default=None)]
 
 
 # --- Command line ---------------------------------------------------------------------------------
-def show_peaks(weights, peaks):
-    """Lines of the table of peaks."""
-    for piece, peak in peaks.items():
-        name, *sizes = piece
-        sizes = " x ".join(f"{size:,}" for size in sizes)
-        print(f"| {weights} | {name} | {sizes} | {peak / 1e9:.1f} |")
-
-
-def show_fits(weights, peaks, contexts):
-    """Lines of the table of what fits."""
-    for card in CARDS:
-        cells = [f"{card} GB", weights]
-        for context in contexts:
-            dialogues, micro_tokens = what_fits(peaks, card, context)
-            cells.append(dialogues or "-")
-        cells.append(micro_tokens or "-")
-        default = next(values for limit, *values in hardware.CARDS if card < limit)
-        print("|", *(f"{cell} |" for cell in [*cells, *default]))
-
-
 def main():
     """Print the tables."""
     parser = argparse.ArgumentParser(
@@ -252,19 +343,24 @@ def main():
     parser.parse_args()
     transformers_logging.set_verbosity_error()
     contexts = TYPICAL, Settings().context
-    sizes = contexts, ROLLOUT_BATCHES, MICRO_TOKENS
     computed = {}
     print(f"torch {torch.__version__}\n\n| weights | peak of | tokens | GB |\n|---|---|---|---|")
     for weights, load_in_4bit in (("NF4", True), ("bf16", False)):
-        peaks = compute(QWEN_7B, load_in_4bit, torch.bfloat16, *sizes)
-        computed[weights] = peaks
-        show_peaks(weights, peaks)
+        model = skeleton(QWEN_7B, load_in_4bit)
+        with imagined() as memory:
+            computed[weights] = all_peaks(fill(model), memory, contexts)
+        for (name, *tokens), peak in computed[weights].items():
+            tokens = " x ".join(f"{count:,}" for count in tokens)
+            print(f"| {weights} | {name} | {tokens} | {peak / 1e9:.1f} |")
     typical, worst = contexts
     most = f"dialogues of {typical:,} | of {worst:,} | micro-tokens"
     print(f"\n| card | weights | {most} | default --rollout-batch | --micro-tokens |")
     print("|---|---|---|---|---|---|---|")
     for weights, peaks in computed.items():
-        show_fits(weights, peaks, contexts)
+        for card in CARDS:
+            default = next(values for limit, *values in hardware.CARDS if card < limit)
+            cells = (f"{card} GB", weights, *what_fits(peaks, card, contexts), *default)
+            print("|", *(f"{cell or '-'} |" for cell in cells))
 
 
 if __name__ == "__main__":

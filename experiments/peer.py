@@ -4,8 +4,8 @@
   python -m experiments.peer --trl-python trl/bin/python
 
 GRPO in the house: 2 tasks x 8 episodes an iteration, actions of at most 16 tokens, an optimiser
-step per 8 episodes, LoRA r = 16 on all linear layers, fp32, no KL term. The weights are random
-unless --model names a folder: random actions are not understood, so every episode has all its turns
+step per 8 episodes, LoRA r = 16 on all linear layers, fp32, no KL term. The weights are random:
+random actions are not understood, so every episode has all its turns
 and both sides train on as many tokens. Points are given for the letters of the last action; else
 all returns were equal, and train.py leaves episodes without advantage out of the update.
 
@@ -14,6 +14,13 @@ first text that is none ends the episode; an action here is free text. So this i
 `rollout_func`: a turn is a call of the method that TRL's own tool loop calls, which gives the
 dialogues so far to transformers' `generate` (the faster vLLM needs a GPU), and the observation is
 appended as ids, outside the loss. Gradient checkpointing, TRL's default, is off on both sides.
+
+TRL reads the whole dialogue again at every turn; here keys and values are kept. TRL scores
+observations, too, and masks them; here only actions meet the vocabulary. Both pad the episodes of a
+step, and compute old log-probs before the first step. Only TRL: several GPUs by FSDP and DeepSpeed,
+vLLM, continuous batching, vision, JSON tools, async environments, reward models, full fine-tuning,
+other losses, several passes, kernels of the Hub. Only here: memory, tips that one turn sees,
+off-policy turns, intrinsic rewards.
 
 generation: from the first prompt to the last action. update: old log-probs and two optimiser steps.
 tokens: those that entered the model, with padding and with what was read again.
@@ -29,7 +36,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import envs
 from worlds.house import House
 
 TASKS = ("radio", "fan")
@@ -37,13 +43,6 @@ GROUP = 8
 STEP_EPISODES = 8
 ACTION_TOKENS = 16
 LEARNING_RATE = 1e-5
-DIFFERENCES = """
-TRL reads the whole dialogue again at every turn; here keys and values are kept.
-TRL scores observations, too, and masks them; here only actions meet the vocabulary.
-Both pad the episodes of a step, and compute old log-probs before the first step.
-Only TRL: several GPUs (DDP, FSDP, DeepSpeed), vLLM, continuous batching, vision, JSON tools, async
-environments, reward models, full fine-tuning, other losses, several passes, kernels of the Hub.
-Only here: memory, tips that one turn sees, off-policy turns, intrinsic rewards."""
 
 
 class Letters(House):
@@ -86,8 +85,7 @@ class Meter:
         """What is printed, by name: medians over the iterations, of which the first warms up."""
         table = {}
         for phase, name in (("rollout", "generation"), ("update", "update")):
-            measured = [iteration[phase] for iteration in self.iterations[1:]]
-            seconds, tokens = zip(*measured)
+            seconds, tokens = zip(*(iteration[phase] for iteration in self.iterations[1:]))
             table[f"{name}, s"] = statistics.median(seconds)
             table[f"{name}, tokens"] = statistics.median(tokens)
         table["an iteration, s"] = table["generation, s"] + table["update, s"]
@@ -111,9 +109,8 @@ def run_ours(model, turns, iterations, folder):
             super().__call__(phase, text)
 
     logs.Clock = Clock
-    envs.ENVS["house"] = "experiments.peer:Letters"
     argv = (
-        f"--env house --preset grpo --tasks {' '.join(TASKS)} --variations 1 --model {model} "
+        f"--env {__file__} --preset grpo --tasks {' '.join(TASKS)} --variations 1 --model {model} "
         f"--tasks-per-iteration {len(TASKS)} --group-size {GROUP} --step-limit {turns} "
         f"--minibatch-episodes {STEP_EPISODES} --action-tokens {ACTION_TOKENS} --eval-every 0 "
         f"--learning-rate {LEARNING_RATE} --iterations {iterations} --save-every {iterations} "
@@ -147,12 +144,11 @@ def run_trl(model, turns, iterations, folder):
         meter("update")
         return output
 
-    def reward(completions, score, **kwargs):
-        return score
-
+    plain = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "report_to": []}
+    silent = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=reward,
+        reward_funcs=lambda completions, score, **_: score,
         args=GRPOConfig(
             output_dir=f"{folder}/run",
             num_generations=GROUP,
@@ -163,22 +159,13 @@ def run_trl(model, turns, iterations, folder):
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             epsilon_high=0.3,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
+            **plain,
+            **silent,
         ),
         train_dataset=Dataset.from_list([{"prompt": messages} for messages in openings.values()]),
         processing_class=tokenizer,
         peft_config=LoraConfig(
-            task_type="CAUSAL_LM",
-            r=16,
-            lora_alpha=32,
-            lora_dropout=0.0,
-            target_modules="all-linear",
+            task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"
         ),
         rollout_func=rollout_func,
     )
@@ -191,23 +178,17 @@ def run_trl(model, turns, iterations, folder):
 def opening(house, task):
     """The messages before the first action."""
     observation, info = house.reset(task, 0)
-    return [
-        {"role": "system", "content": info["prompt"]},
-        {"role": "user", "content": observation},
-    ]
+    texts = {"system": info["prompt"], "user": observation}
+    return [{"role": role, "content": text} for role, text in texts.items()]
 
 
 def play(trainer, tokenizer, tasks, turns):
     """An episode per task, side by side -> what TRL wants of a `rollout_func`."""
     houses = [Letters(step_limit=turns) for _ in tasks]
-    prompts = []
-    for house, task in zip(houses, tasks):
-        messages = opening(house, task)
-        prompts.append(
-            tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
+    dialogues = [opening(house, task) for house, task in zip(houses, tasks)]
+    prompts = tokenizer.apply_chat_template(
+        dialogues, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     completions = [[] for _ in tasks]
     masks = [[] for _ in tasks]  # 1 = an action's token
     live = list(range(len(tasks)))
@@ -238,7 +219,7 @@ def play(trainer, tokenizer, tasks, turns):
     }
 
 
-def make_model(model, *_):
+def make_model(model):
     """Random weights in which the network dominates, with the stand-in's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -251,7 +232,7 @@ def make_model(model, *_):
 
 
 # --- The table ------------------------------------------------------------------------------------
-SIDES = {"model": make_model, "train.py": run_ours, "trl": run_trl}
+SIDES = {"train.py": run_ours, "trl": run_trl}
 
 
 def worker(python, side, *args):
@@ -263,22 +244,12 @@ def worker(python, side, *args):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def show(turns, ours, trl):
-    """A table for episodes of so many turns."""
-    print(f"\n{turns + ' turns':28}{'TRL':>12}{'train.py':>12}{'ratio':>9}")
-    for name, value in ours.items():
-        digits = 2 if name.endswith((", s", "GB")) else 0
-        cells = f"{trl[name]:12,.{digits}f}{value:12,.{digits}f}"
-        print(f"{name:28}{cells}{trl[name] / value:8.1f}x", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--trl-python", default=sys.executable, help="python of an environment with TRL")
-    add("--model", help="a folder [random weights]")
     add("--turns", nargs="+", default=["7", "30"])
     add("--iterations", type=int, default=4, help="the first one warms up (default 4)")
     add("--worker", nargs=4, help=argparse.SUPPRESS)
@@ -289,15 +260,16 @@ def main():
             print(json.dumps(SIDES[side](model, int(turns), int(iterations), folder)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model
-        if not model:
-            model = f"{folder}/model"
-            worker(sys.executable, "model", model, 0, 0)
+        model = f"{folder}/model"
+        make_model(model)
         for turns in args.turns:
             ours = worker(sys.executable, "train.py", model, turns, args.iterations)
             trl = worker(args.trl_python, "trl", model, turns, args.iterations)
-            show(turns, ours, trl)
-    print(DIFFERENCES)
+            print(f"\n{turns + ' turns':28}{'TRL':>12}{'train.py':>12}{'ratio':>9}")
+            for name, value in ours.items():
+                digits = 2 if name.endswith((", s", "GB")) else 0
+                cells = f"{trl[name]:12,.{digits}f}{value:12,.{digits}f}"
+                print(f"{name:28}{cells}{trl[name] / value:8.1f}x", flush=True)
 
 
 if __name__ == "__main__":

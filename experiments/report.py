@@ -1,16 +1,12 @@
 """The report of a sweep: tables and pictures of its runs, beside the paper's.
 
-`python -m experiments.sweep laptop --report` writes a sweep's report at any time, from what its
-runs have left so far: summary.md, curves.png and results.json. For runs that no sweep made:
-
-  python -m experiments.report runs/a runs/b --made-by "COMMAND, commit abc1234" --out FILE.json
+Written by sweep.py whenever a run has ended, from what all runs have left so far: summary.md,
+curves.png and results.json. Below, a preset is what a column of
+the sweep is called: with --grid also empo2,memory_prob=0.4.
 """
 
-import argparse
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -59,8 +55,7 @@ def measure(run_dir, task):
     evals = runs.records(run_dir / "evals.jsonl")
     metrics = runs.records(run_dir / "metrics.jsonl")
     state = f"{len(metrics)} iterations" if metrics else "missing"
-    if finished(run_dir):
-        state = "finished"
+    state = "finished" if finished(run_dir) else state
     curve = []
     for line in evals:
         if task not in line["tasks"]:  # simulator faults lost all its episodes
@@ -69,8 +64,7 @@ def measure(run_dir, task):
         point = {"iteration": line["iteration"], "episodes": line["training_episodes"]}
         curve.append(point | {name: figures[key] for name, key in FIGURES.items()})
     seconds = sum(line["seconds"] for line in evals)
-    if evals:
-        seconds += evals[-1]["seconds_training"]
+    seconds += sum(line["seconds_training"] for line in evals[-1:])
     costs = {
         "iterations": len(metrics),
         "minutes": round(seconds / 60, 2),
@@ -83,13 +77,13 @@ def measure(run_dir, task):
 def mean_over_tasks(cells):
     """One cell from those of several tasks, at the evaluations that all of them have."""
     curves = [{point["iteration"]: point for point in one["curve"]} for one in cells]
-    curve = []
-    for iteration in curves[0]:
-        if all(iteration in other for other in curves):
-            points = [other[iteration] for other in curves]
-            curve.append({name: mean(point[name] for point in points) for name in points[0]})
-    states = {one["state"] for one in cells}
-    state = states.pop() if len(states) == 1 else "unfinished"
+    shared = [iteration for iteration in curves[0] if all(iteration in other for other in curves)]
+    curve = [
+        {name: mean(other[iteration][name] for other in curves) for name in curves[0][iteration]}
+        for iteration in shared
+    ]
+    first, *others = {one["state"] for one in cells}
+    state = "unfinished" if others else first
     names = ("iterations", "minutes", "episodes", "solved")
     costs = {name: mean(one[name] for one in cells) for name in names}
     return cell(state, curve, costs)
@@ -97,20 +91,17 @@ def mean_over_tasks(cells):
 
 def measure_all(out, sweep):
     """{task: {preset: {seed: cell}}}, with several tasks their mean first."""
-    results = {}
-    for task in sweep["tasks"]:
-        folder = out / ("together" if sweep["settings"]["together"] else task)
-        for preset in sweep["presets"]:
-            row = {str(seed): measure(folder / preset / str(seed), task) for seed in sweep["seeds"]}
-            results.setdefault(task, {})[preset] = row
-    if len(results) == 1:
-        return results
-    means = {preset: {} for preset in sweep["presets"]}
+    tasks, seeds = sweep["tasks"], [str(seed) for seed in sweep["seeds"]]
+    results = {task: {} for task in tasks}
+    means = {}
     for preset in sweep["presets"]:
-        for seed in map(str, sweep["seeds"]):
-            of_tasks = [results[task][preset][seed] for task in sweep["tasks"]]
-            means[preset][seed] = mean_over_tasks(of_tasks)
-    return {f"mean of {len(results)} tasks": means} | results
+        for task in tasks:
+            folder = out / ("together" if sweep["settings"]["together"] else task) / preset
+            results[task][preset] = {seed: measure(folder / seed, task) for seed in seeds}
+        means[preset] = {
+            seed: mean_over_tasks([results[task][preset][seed] for task in tasks]) for seed in seeds
+        }
+    return results if len(tasks) == 1 else {f"mean of {len(tasks)} tasks": means} | results
 
 
 # --- The report of a sweep ---
@@ -136,6 +127,17 @@ Score of the last evaluation of finished runs, tip-free: first {eval_variations}
 """
 
 
+MEANS = {  # of a preset: the column's name, and how its numbers are written
+    "score": ("mean score", ".1f"),
+    "clipped": ("clipped", ".1f"),
+    "best": ("best", ".1f"),
+    "minus_100": ("at -100", ".2f"),
+    "minutes": ("minutes per run", ".1f"),
+    "episodes": ("episodes per run", ".0f"),
+    "solved": ("of them solved", ".0f"),
+}
+
+
 def report(out, sweep):
     """Write summary.md, curves.png and results.json; `sweep` is what sweep.json holds."""
     settings = sweep["settings"]
@@ -153,8 +155,7 @@ def report(out, sweep):
     title = f"{settings['model']} in {settings['env']}, seeds {seeds}"
     lines = SUMMARY.format(title=title, what=what).splitlines()
     head = ["preset", *(f"seed {seed}" for seed in sweep["seeds"]), "mean", "max - min"]
-    head += ["mean score", "clipped", "best", "at -100"]
-    head += ["minutes per run", "episodes per run", "of them solved"]
+    head += [name for name, _ in MEANS.values()]
     for task, rows in results.items():
         summary_rows = [summary_row(preset, list(row.values())) for preset, row in rows.items()]
         lines += ["", f"## {task}", "", *markdown([head, *summary_rows])]
@@ -180,21 +181,16 @@ def summary_row(preset, cells):
         row.append(text)
     done = [one for one in cells if one["state"] == "finished"]
     if not done:
-        return row + ["missing"] * 9
+        return row + ["missing"] * (2 + len(MEANS))
     success = [one["success"] for one in done]
-    seeds = "" if len(done) == len(cells) else f" ({len(done)} of {len(cells)} seeds)"
-    row += [f"{mean(success):.3f}{seeds}", f"{max(success) - min(success):.3f}"]
-    for name, form in (
-        ("score", ".1f"),
-        ("clipped", ".1f"),
-        ("best", ".1f"),
-        ("minus_100", ".2f"),
-        ("minutes", ".1f"),
-        ("episodes", ".0f"),
-        ("solved", ".0f"),
-    ):
-        row.append(format(mean(one[name] for one in done), form))
-    return row
+    row += [f"{mean(success):.3f}{of_how_many(cells)}", f"{max(success) - min(success):.3f}"]
+    return row + [format(mean(one[key] for one in done), form) for key, (_, form) in MEANS.items()]
+
+
+def of_how_many(cells):
+    """Words for it if not all cells are finished."""
+    done = sum(one["state"] == "finished" for one in cells)
+    return "" if done == len(cells) else f" ({done} of {len(cells)} seeds)"
 
 
 def last_score(row):
@@ -212,6 +208,10 @@ def of_seeds(row, name):
     return [values[iteration] for iteration in sorted(values)]
 
 
+def means(row, name):
+    return [mean(values) for values in of_seeds(row, name)]
+
+
 def draw_curves(path, results, what, title):
     """A panel per preset, all with the same axes, so that coinciding curves are told apart."""
     overall, *tasks = results
@@ -223,59 +223,15 @@ def draw_curves(path, results, what, title):
         panel.set_visible(False)
     for panel, (preset, row) in zip(panels, results[overall].items(), strict=False):
         for task in tasks:
-            row_of_task = results[task][preset]
-            episodes = map(mean, of_seeds(row_of_task, "episodes"))
-            scores = map(mean, of_seeds(row_of_task, what))
-            panel.plot(list(episodes), list(scores), color="grey", linewidth=0.6)
-        episodes = list(map(mean, of_seeds(row, "episodes")))
+            thin = means(results[task][preset], "episodes"), means(results[task][preset], what)
+            panel.plot(*thin, color="grey", linewidth=0.6)
+        episodes = means(row, "episodes")
         values = of_seeds(row, what)
-        panel.plot(episodes, list(map(mean, values)), marker=".", clip_on=False)
+        panel.plot(episodes, means(row, what), marker=".", clip_on=False)
         panel.fill_between(episodes, list(map(min, values)), list(map(max, values)), alpha=0.25)
-        done = sum(one["state"] == "finished" for one in row.values())
-        seeds = "" if done == len(row) else f" ({done} of {len(row)} seeds)"
-        panel.set_title(preset + seeds, fontsize="small")
+        panel.set_title(preset + of_how_many(row.values()), fontsize="small")
     panels[0].set_ylim((0, 1) if what == "success" else (-100, 100))
     figure.suptitle(title)
     figure.supxlabel("training episodes")
     figure.supylabel(f"tip-free {what}")
     figure.savefig(path, dpi=120)
-
-
-# --- Runs that no sweep made ---
-def record(run_dirs, made_by):
-    """What results.json has, of runs that differ in their seed alone. ValueError if they do not."""
-    own = ("seed", "run_dir", "resume", "iterations", *runs.RESUMABLE)
-    shared, tasks = [], {}
-    for run_dir in run_dirs:
-        if not finished(run_dir):
-            raise ValueError(f"{run_dir}: no finished run here")
-        settings = json.loads((run_dir / "settings.json").read_text())
-        for task in settings["tasks"]:
-            row = tasks.setdefault(task, {}).setdefault(settings["preset"], {})
-            row[str(settings["seed"])] = measure(run_dir, task)
-        shared.append({name: settings[name] for name in settings if name not in own})
-        if shared[-1] != shared[0]:
-            raise ValueError(f"{run_dir}: its settings are not those of {run_dirs[0]}")
-    return {"made_by": made_by, "settings": shared[0], "tasks": tasks}
-
-
-def main(argv=None):
-    """Record runs in a JSON file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run_dirs", nargs="+", type=Path, help="finished runs, a seed each")
-    parser.add_argument("--made-by", required=True, help="the command and commit that made them")
-    parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
-    args = parser.parse_args(argv)
-    try:
-        content = record(args.run_dirs, args.made_by)
-        args.out.write_text(json.dumps(content, indent=1))
-    except (ValueError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

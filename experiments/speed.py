@@ -2,19 +2,18 @@
 
   python -m experiments.speed
 
-One process, one set of random weights. Each arm is timed only after its log-probs or gradients have
-been compared with the plain version's: the difference is printed, and on a CPU, in fp32, it must be
-below 1e-5. Times are medians of interleaved repeats; look at the ratios.
+One process, one set of random weights, fp32. Each arm is timed only after its log-probs or
+gradients have been compared with the plain version's: the difference is printed and must be below
+1e-5. Times are medians of interleaved repeats; look at the ratios.
 
   rollout   plain: `generate` reads the whole dialogue again at every turn
             ours:  keys and values are kept from turn to turn
   update    plain: a row for each (prompt, action) pair
             ours:  a row for each episode, with branches
   env       plain: the package's ScienceWorldEnv, a JVM each
-            ours:  many simulators in one JVM
+            ours:  16 simulators in one JVM
 
-On a GPU the model is 7B-shaped (bf16, or --load-in-4bit); experiments/gpu.py says what its time
-goes to there.
+All of it is measured on the CPU; experiments/gpu.py says what the time goes to on a GPU.
 """
 
 import argparse
@@ -22,24 +21,23 @@ import dataclasses
 import os
 import statistics
 import time
+from functools import partial
 
 import numpy as np
-import psutil
 import torch
 from scienceworld import ScienceWorldEnv
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 import rollout
-from empo2 import Algorithm, accumulate_gradient, collate, score_tokens
-from engine.hardware import find_place
+from empo2 import Algorithm, accumulate_gradient
 from engine.packing import micro_batches, pack
-from experiments.dialogues import learnt_pairs, message, some_ids
-from experiments.random_policy import QWEN_7B, fill, skeleton
+from experiments.gpu_memory import fill, learnt_pairs, message, shape, skeleton, some_ids
 from settings import Settings
-from worlds.scienceworld import Jvm, ScienceWorld, find_java
+from worlds.scienceworld import ScienceWorld, find_java
 
+DIALOGUES = 4  # side by side
+TURNS = 30  # of an episode
 PROMPT = 200  # tokens of the system message
 OBSERVATION = 40  # mean tokens of an observation
 ACTION = 8  # most tokens of an action
@@ -47,15 +45,7 @@ UPDATE_EPISODES = 2  # of an optimiser step
 SIMULATORS = 16
 REPEATS = 3
 SETTINGS = Settings(micro_tokens=16384, min_prob=0.0)
-SMALL = Qwen2Config(
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=1735,
-    tie_word_embeddings=False,
-)
+SMALL = shape(256, 768, 4, 8, 2, 1735)
 WALK = ("look around", "teleport to kitchen", "look around", "open cupboard",
         "pick up thermometer", "inventory")  # fmt: skip
 
@@ -74,17 +64,11 @@ def plain_sample(policy, prompts, actions):
         action = actions[b]
         return [action[min(len(ids) - width, len(action) - 1)]]
 
-    with policy.autocast():
+    options = {"max_new_tokens": longest, "min_new_tokens": longest, "do_sample": False}
+    options |= {"pad_token_id": policy.end_id, "prefix_allowed_tokens_fn": forced}
+    with policy.autocast():  # the logits are raw, as if nothing was forced
         out = policy.model.generate(
-            input_ids=ids.to(policy.device),
-            attention_mask=seen.to(policy.device),
-            prefix_allowed_tokens_fn=forced,
-            max_new_tokens=longest,
-            min_new_tokens=longest,
-            do_sample=False,
-            pad_token_id=policy.end_id,
-            return_dict_in_generate=True,
-            output_logits=True,  # raw, as if nothing was forced
+            ids, attention_mask=seen, output_logits=True, return_dict_in_generate=True, **options
         )
     logps = torch.stack(out.logits, 1).float().log_softmax(-1)  # [B, longest, vocab]
     return [logps[b, range(len(action)), action].tolist() for b, action in enumerate(actions)]
@@ -121,9 +105,9 @@ def replay_plainly(policy, episodes):
     return worst
 
 
-def check_equal(policy, what, difference):
+def check_equal(what, difference):
     """An arm that computes something else is not timed."""
-    if policy.device.type == "cpu" and difference >= 1e-5:
+    if difference >= 1e-5:
         raise RuntimeError(f"{what} differ by {difference:.1e}: one of the two is wrong")
 
 
@@ -134,8 +118,6 @@ def timed(*arms):
         for arm, times in zip(arms, seconds, strict=True):
             start = time.perf_counter()
             arm()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     return [statistics.median(times) for times in seconds]
 
@@ -145,25 +127,25 @@ def show(name, plain, ours, note):
     print(f"{name:38}{plain:10.2f} s{ours:10.2f} s{plain / ours:9.1f}x   {note}", flush=True)
 
 
-def bench_rollout(policy, rng, dialogues, turns):
-    """Episodes of so many turns, for the other arms."""
-    prompts = [some_ids(rng, PROMPT) for _ in range(dialogues)]
+def bench_rollout(policy, rng):
+    """Episodes for the other arms."""
+    prompts = [some_ids(rng, PROMPT) for _ in range(DIALOGUES)]
     observations = []
-    for _ in range(turns):
-        sizes = rng.integers(OBSERVATION // 4, 2 * OBSERVATION, dialogues)
+    for _ in range(TURNS):
+        sizes = rng.integers(OBSERVATION // 4, 2 * OBSERVATION, DIALOGUES)
         observations.append([message(policy, rng, "user", n) for n in sizes])
     episodes = play(policy, prompts, observations, ACTION)
     difference = replay_plainly(policy, episodes)
-    check_equal(policy, "log-probs", difference)
+    check_equal("log-probs", difference)
     plain, ours = timed(
         lambda: replay_plainly(policy, episodes),
         lambda: play(policy, prompts, observations, ACTION),
     )
     policy.forget()
     tokens = sum(len(episode.prompt(-1)) for episode in episodes)
-    read = sum(len(episode.prompt(t)) for episode in episodes for t in range(turns))
+    read = sum(len(episode.prompt(t)) for episode in episodes for t in range(TURNS))
     note = f"log-probs equal to {difference:.0e}; tokens read {read:,} -> {tokens:,}"
-    show(f"rollout, {dialogues} dialogues x {turns} turns", plain, ours, note)
+    show(f"rollout, {DIALOGUES} dialogues x {TURNS} turns", plain, ours, note)
     return episodes
 
 
@@ -191,48 +173,14 @@ def bench_update(policy, rng, episodes, turns, with_tips):
                 turn.offpolicy = t // 4 % 3 > 0
         packed.append(learnt_pairs(dataclasses.replace(episode, turns=own), SETTINGS))
     alone = [[pair] for pairs in packed for pair in pairs]
-    plain_gradient, plain_tokens = gradient(policy, alone, SETTINGS)
-    our_gradient, our_tokens = gradient(policy, packed, SETTINGS)
-    difference = ((plain_gradient - our_gradient).norm() / plain_gradient.norm()).item()
-    check_equal(policy, "gradients", difference)
-    plain, ours = timed(
-        lambda: gradient(policy, alone, SETTINGS), lambda: gradient(policy, packed, SETTINGS)
-    )
+    arms = [partial(gradient, policy, packs, SETTINGS) for packs in (alone, packed)]
+    (expected, plain_tokens), (found, our_tokens) = (arm() for arm in arms)
+    difference = ((expected - found).norm() / expected.norm()).item()
+    check_equal("gradients", difference)
+    plain, ours = timed(*arms)
     note = f"gradients equal to {difference:.0e}; tokens {plain_tokens:,} -> {our_tokens:,}"
     mixture = ", p = 0.25, q = 2/3" if with_tips else ""
     show(f"update, {turns} turns{mixture}", plain, ours, note)
-
-
-def bench_memory(policy, episodes):
-    """What the forward pass of a micro-batch keeps for the backward pass."""
-    print("\nkept for the backward pass, by tokens of the micro-batch, and what their logits are")
-    for count in (1, 2, 4):
-        rows = [pack(learnt_pairs(episode, SETTINGS)) for episode in (episodes * 4)[:count]]
-        tokens = sum(len(row.ids) for row in rows)
-        kept = memory_for_backward(policy, rows)
-        logits = 4 * tokens * policy.model.config.vocab_size / 1e9
-        per_token = f"{1e6 * kept / tokens:.1f} kB a token"
-        print(f"  {tokens:7,} tokens: {kept:.3f} GB, {per_token}   {logits:.3f} GB")
-
-
-def memory_for_backward(policy, rows):
-    """GB of the tensors kept for the backward pass, weights excluded."""
-    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    batch = collate(rows, policy.device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logp, _ = score_tokens(policy, batch, SETTINGS)
-        # The graph lives, so that no two tensors are at the same address, until all are counted.
-        batch.advantages = torch.ones_like(logp)
-        loss, _ = Algorithm(SETTINGS).loss(batch, logp)
-    return sum(kept.values()) / 1e9
 
 
 # --- ScienceWorld ---------------------------------------------------------------------------------
@@ -246,66 +194,39 @@ def bench_env(steps=60):
     ours = [ScienceWorld(step_limit=10**6) for _ in range(SIMULATORS)]
     for env in ours:
         env.reset("power-component", 0)
-    rounds = steps * 4 // SIMULATORS
 
-    def run_stock():
-        for i in range(steps):
-            stock.step(WALK[i % len(WALK)])
-
-    def run_ours():
+    def run(envs, rounds):
         for i in range(rounds):
-            for env in ours:
+            for env in envs:
                 env.step(WALK[i % len(WALK)])
+        return len(envs) * rounds
 
-    run_stock()  # the JVMs warm up
-    run_ours()
-    stock_time, our_time = timed(run_stock, run_ours)
-    stock_rate = steps / stock_time
-    our_rate = rounds * SIMULATORS / our_time
-    resident = psutil.Process(Jvm.living[0].process.pid).memory_info().rss / 1e9
-    print(
-        f"\n{'ScienceWorld, steps per second':38}{stock_rate:12.0f}{our_rate:12.0f}"
-        f"{our_rate / stock_rate:9.1f}x   "
-        f"{SIMULATORS} simulators in one JVM of {resident:.2f} GB resident"
-    )
+    arms = partial(run, [stock], steps), partial(run, ours, steps * 4 // SIMULATORS)
+    counts = [arm() for arm in arms]  # the JVMs warm up
+    plain, fast = (count / took for count, took in zip(counts, timed(*arms), strict=True))
+    print(f"\n{'ScienceWorld, steps per second':38}{plain:12.0f}{fast:12.0f}{fast / plain:9.1f}x")
     stock.close()
 
 
 # --- Command line ---------------------------------------------------------------------------------
-def make_policy(load_in_4bit):
-    """A random Qwen2: small, or of 7B on a GPU. Its adapter is random, too."""
-    place = find_place()
-    torch.manual_seed(0)
-    if place.gigabytes:
-        return fill(skeleton(QWEN_7B, load_in_4bit), place.device)
-    model = skeleton(SMALL, load_in_4bit, torch.float32)
-    return fill(model, gradient_checkpointing=False)
-
-
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--only", choices=["model", "env"], help="leave the other part out")
-    add("--dialogues", type=int, default=4, help="side by side (default 4)")
-    add("--turns", type=int, default=30, help="of an episode (default 30)")
-    add("--load-in-4bit", action="store_true")
+    parser.add_argument("--only", choices=["model", "env"], help="leave the other part out")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; {args}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if args.only != "env":
-        policy = make_policy(args.load_in_4bit)
+        torch.manual_seed(0)
+        policy = fill(skeleton(SMALL, dtype=torch.float32), gradient_checkpointing=False)
         rng = np.random.default_rng(0)
         print(f"\n{'':38}{'plain':>12}{'ours':>12}{'ratio':>10}")
-        episodes = bench_rollout(policy, rng, args.dialogues, args.turns)
-        bench_update(policy, rng, episodes, args.turns, with_tips=False)
-        bench_update(policy, rng, episodes, 2 * args.turns, with_tips=False)
-        bench_update(policy, rng, episodes, args.turns, with_tips=True)
-        bench_memory(policy, episodes)
+        episodes = bench_rollout(policy, rng)
+        for turns, with_tips in ((TURNS, False), (2 * TURNS, False), (TURNS, True)):
+            bench_update(policy, rng, episodes, turns, with_tips)
     if args.only != "model":
         bench_env()
 

@@ -1,20 +1,23 @@
-"""Compare presets over tasks and seeds: a run of train.py for each, then a table and a picture.
+"""Compare presets, and values of settings, over tasks and seeds: runs of train.py, and a report.
 
-  python -m experiments.sweep stages  # or laptop, credit, scienceworld, smollm2, paper, webshop
+  python -m experiments.sweep stages  # a file of configs/, or path/to/mine.yaml
   python -m experiments.sweep laptop --seeds 7 --presets empo2  # what comes later counts
+  python -m experiments.sweep stages --presets empo2 --grid memory_prob=0.1,0.4 max_tips=1,4
   python -m experiments.sweep --out sweeps/mine --tasks find-plant find-animal -- --eval-every 5
-  python -m experiments.sweep --out sweeps/mine --report  # only the report, also meanwhile
 
-What follows -- are settings of train.py for all runs; where a preset sets the same, the preset's
-value counts, since it is what is compared. The same command continues a sweep that was interrupted,
+A file has settings of train.py for all runs, and under `sweep` the options of this program. What
+follows -- are settings for all runs, too. A preset overrides both, since it is what is compared;
+the values of --grid override the preset. The same command continues a sweep that was interrupted,
 without repeating what is finished. OUT holds
-  TASK/PRESET/SEED    the run of each cell, its output in SEED.log (TASK = together with --together)
+  TASK/PRESET/SEED    the run of each cell, its output in SEED.log (TASK = together with --together;
+                      with --grid PRESET is, for instance, empo2,memory_prob=0.4)
   sweep.json          the sweep's settings, cells and failures, and what it was run with
-  summary.md, curves.png, results.json    the report
+  summary.md, curves.png, results.json    the report, written anew whenever a run has ended
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -32,95 +35,15 @@ from tqdm import tqdm
 
 import envs
 import train
-from engine import paper, runs
+from engine import runs
 from engine.command import STOPS, handle
+from engine.errors import unknown
 from experiments import report
-from settings import PRESETS, with_home
+from settings import PRESETS, Parser, as_words, read_config, with_home
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
-HOUSE = """
-    --env house --variations 32 --tasks-per-iteration 4
-    --memory-prob 0.5 --mode-level episode --memory-key task --memory-scope task --max-tips 4
-    --min-prob 0.001 --beta 0.1 --advantage-eps 10
-    --learning-rate 1e-3 --max-grad-norm 0.1 --minibatch-episodes 8 --micro-tokens 4096
-    --lora-r 32 --lora-alpha 64 --action-tokens 16 --tip-tokens 40
-    --save-every 10 --eval-every 6
-    --eval-variations 32 --eval-episodes 1 --eval-temperature 0
-"""
-EXPERIMENTS = {
-    # GRPO, EMPO² and what becomes of it without each of its parts, where nothing is found by luck
-    "laptop": f"""
-        --tasks fan radio --together --seeds 0 1 2 --jobs 2
-        --presets grpo empo2 no-offpolicy no-onpolicy-tips no-intrinsic
-            mode-turn mode-batch denominator-tips no-mask
-        -- {HOUSE}
-        --step-limit 7 --env-options rooms=12 containers=6 parts=1 partial_credit=false
-        --iterations 60
-    """,
-    # Where exploration comes from, and how credit is given, where luck and partial credit help
-    "credit": f"""
-        --tasks fan radio --together --seeds 0 1 2 --jobs 2
-        --presets grpo gigpo-std empo2 empo2-gigpo
-        -- {HOUSE}
-        --step-limit 12 --env-options rooms=12 containers=6 parts=1 partial_credit=true
-        --iterations 36
-    """,
-    # The same comparison with the stand-in on real ScienceWorld
-    "scienceworld": """
-        --tasks power-component find-plant test-conductivity
-        --presets grpo empo2 --seeds 0 --jobs 2
-        --
-        --iterations 10 --eval-every 5 --eval-variations 4 --eval-episodes 2
-    """,
-    # Where blind luck is nil on real ScienceWorld, and the policy follows and writes tips
-    "stages": """
-        --tasks identify-life-stages-2 --seeds 0 1 2
-        --presets grpo empo2 no-offpolicy
-        --
-        --env scienceworld --env-options thoughts=true --model standin/stages --step-limit 5
-        --variations 3 --tasks-per-iteration 3 --iterations 36
-        --memory-prob 0.5 --mode-level episode --memory-key task --memory-scope task --max-tips 4
-        --beta 0.1 --advantage-eps 10
-        --learning-rate 5e-4 --max-grad-norm 0.1 --minibatch-episodes 24 --micro-tokens 4096
-        --lora-r 32 --lora-alpha 64 --action-tokens 16 --tip-tokens 40
-        --save-every 10 --eval-every 6
-        --eval-variations 4 --eval-episodes 4
-    """,
-    # The same task for a real language model after its warm start (standin/smollm2.py)
-    "smollm2": """
-        --tasks identify-life-stages-2 --seeds 0 1 2
-        --presets grpo empo2
-        --
-        --env scienceworld --env-options thoughts=true --model smollm2-stages --step-limit 5
-        --variations 2 --tasks-per-iteration 2 --iterations 24
-        --memory-prob 0.5 --mode-level episode --memory-key task --memory-scope task --max-tips 2
-        --advantage-eps 10 --pack group
-        --learning-rate 5e-4 --max-grad-norm 0.1 --minibatch-episodes 8 --micro-tokens 2048
-        --action-tokens 32 --tip-tokens 40
-        --save-every 4 --eval-every 4
-        --eval-variations 4 --eval-episodes 4
-    """,
-    # Table 1 of the paper, a run for each of its tasks: for a GPU
-    "paper": f"""
-        --tasks {" ".join(paper.TABLE_1)}
-        --presets grpo empo2 --seeds 0
-        --
-        --env scienceworld --iterations 200 --eval-every 50
-    """,
-    # WebShop with the paper's settings, for a GPU; its own data by -- --env-options data=FOLDER.
-    # A goal is hardly met twice, so the memory is one for all goals.
-    "webshop": """
-        --tasks webshop --presets grpo gigpo gigpo-std empo2 empo2-gigpo --seeds 0
-        --
-        --env webshop --variations 12000 --memory-scope task --iterations 150
-        --step-limit 15 --history 2 --action-tokens 512
-        --beta 0.01 --minibatch-episodes 64
-        --eval-every 50 --eval-variations 500 --eval-episodes 1
-    """,
-}
-# Minutes of a run beside another, on two cores of a shared Intel Xeon (results/)
-MINUTES = {"laptop": 11, "credit": 13, "scienceworld": 6, "stages": 10, "smollm2": 40}
+OWN = ("config", "tasks", "preset", "seed", "run_dir", "resume")  # what no setting of all runs is
 
 
 # --- The cells ---
@@ -131,30 +54,43 @@ def setting(word):
 
 def select(words, wanted):
     """The settings of a command line, with their values, that are `wanted` by their name."""
-    kept = []
-    keep = True
-    for word in words:
-        if word.startswith("--"):
-            keep = wanted(setting(word))
-        if keep:
-            kept.append(word)
-    return kept
+    names = itertools.accumulate(words, lambda name, word: word if word.startswith("--") else name)
+    return [word for word, name in zip(words, names, strict=True) if wanted(setting(name))]
+
+
+def make_variants(presets, grid):
+    """{name: words of a command line}: each preset with each combination of the grid's values.
+
+    >>> make_variants(["grpo"], ["max_tips=1,4"])["grpo,max_tips=4"]
+    ['--preset', 'grpo', '--max-tips', '4']
+    """
+    axes = {}
+    for entry in grid:
+        name, _, values = entry.partition("=")
+        name = setting(name)
+        if not values or name in axes:
+            raise ValueError(f"--grid {entry}: write each setting once, as {name}=VALUE,VALUE")
+        axes[name] = [(name, value) for value in values.split(",")]
+    variants = {}
+    for preset, *chosen in itertools.product(presets, *axes.values()):
+        name = ",".join([preset, *(f"{name}={value}" for name, value in chosen)])
+        words = ["--preset", preset, *as_words(dict(chosen))]
+        variants[name.replace("/", "-")] = words  # it names a folder
+    return variants
 
 
 def make_cells(args, shared):
     """{TASK/PRESET/SEED: the arguments of train.py}."""
-    groups = {task: [task] for task in args.tasks}
-    if args.together:
-        groups = {"together": args.tasks}
+    groups = {"together": args.tasks} if args.together else {task: [task] for task in args.tasks}
     cells = {}
-    for seed in args.seeds:
-        for folder, tasks in groups.items():
-            for preset in args.presets:
-                name = f"{folder}/{preset}/{seed}"
-                # train.py lets what is given go before the preset
-                own = ["--preset", preset, "--seed", str(seed), "--tasks", *tasks]
-                argv = select(shared, lambda name, preset=preset: name not in PRESETS[preset])
-                cells[name] = [*argv, *own, "--run-dir", str(args.out / name)]
+    for seed, (folder, tasks) in itertools.product(args.seeds, groups.items()):
+        for variant, words in args.variants.items():
+            name = f"{folder}/{variant}/{seed}"
+            preset = PRESETS[words[1]]
+            # train.py lets what is given go before the preset
+            argv = select(shared, lambda name, preset=preset: name not in preset)
+            own = ["--seed", str(seed), "--tasks", *tasks, "--run-dir", str(args.out / name)]
+            cells[name] = [*argv, *words, *own]
     return cells
 
 
@@ -165,13 +101,14 @@ def start(run_dir, argv, env):
         argv = ["--resume", "--run-dir", str(run_dir), *may_change]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run_dir}.log", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(TRAIN), *argv],
+        command = [sys.executable, str(TRAIN), *argv]
+        return subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through the sweep
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=env,
-            start_new_session=True,  # Ctrl-C reaches it once, through the sweep
+            start_new_session=True,
         )
 
 
@@ -187,43 +124,29 @@ def announce(cells, waiting, jobs, minutes):
     said = f"{len(cells)} runs, {len(waiting)} of them to do, {jobs} at a time"
     if minutes:
         hours = math.ceil(len(waiting) / jobs) * minutes / 60
-        said += f": about {hours:.1f} hours, at {minutes} minutes a run, two cores of an Intel Xeon"
+        said += f": about {hours:.1f} hours, at {minutes:g} minutes a run"
     print(said, flush=True)
-
-
-def so_far(name, run_dir):
-    """A running cell and its newest tip-free score, for the progress bar."""
-    evals = runs.records(run_dir / "evals.jsonl")
-    if not evals:
-        return name
-    return f"{name}: {evals[-1]['score']:.1f} at {evals[-1]['iteration']}"
 
 
 def run_cells(out, cells, args, failed, save):
     """Run what is not finished; `failed` gets {name: why}, `save` is called after each cell."""
-    jobs = args.jobs
     env = os.environ | {"PYTHONUNBUFFERED": "1"}  # the log shall end with what was said last
-    if jobs > 1 and not torch.cuda.is_available():
-        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    if args.jobs > 1 and not torch.cuda.is_available():
+        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
     waiting = [name for name in cells if not report.finished(out / name)]
-    announce(cells, waiting, jobs, MINUTES.get(args.experiment))
+    announce(cells, waiting, args.jobs, args.minutes)
     for name in cells:
         failed.pop(name, None)
     running = {}
     bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="runs", dynamic_ncols=True)
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < args.jobs:
                 name = waiting.pop(0)
                 running[name] = start(out / name, cells[name], env)
             time.sleep(0.2)
-            status = ", ".join(so_far(name, out / name) for name in running)
-            if status != bar.postfix:
-                bar.set_postfix_str(status)
-            for name, process in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[name]
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                process = running.pop(name)
                 if not report.finished(out / name):
                     said = last_words(out / f"{name}.log")
                     failed[name] = f"exit code {process.returncode}: {said}"
@@ -246,61 +169,70 @@ def run_cells(out, cells, args, failed, save):
 
 # --- Command line ---
 def parse(argv):
-    """(arguments, settings of train.py); a named experiment's come first, as later ones count."""
-    parser = argparse.ArgumentParser(
+    """(arguments, settings of train.py for all runs). Raises ValueError with one line."""
+    parser = Parser(
         prog="python -m experiments.sweep",
         usage="%(prog)s [EXPERIMENT] [options] [-- settings of train.py]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, help="folder of the sweep [sweeps/EXPERIMENT]")
-    parser.add_argument("--tasks", nargs="+", help="a run for each [the environment's choice]")
-    parser.add_argument("--presets", nargs="+", default=["grpo", "empo2"], help=", ".join(PRESETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
-    parser.add_argument("--together", action="store_true", help="train all tasks in one run")
-    parser.add_argument("--report", action="store_true", help="run nothing, only write the report")
-    own, shared = [], []
+    add = parser.add_argument
+    add("--out", type=Path, help="folder of the sweep [sweeps/EXPERIMENT]")
+    add("--tasks", nargs="+", help="a run for each [the environment's choice]")
+    add("--presets", nargs="+", default=["grpo", "empo2"], help=", ".join(PRESETS))
+    add("--grid", nargs="+", action="extend", default=[], help="NAME=VALUE,VALUE of a setting")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--jobs", type=int, default=1, help="runs at the same time (default 1)")
+    add("--together", action="store_true", help="train all tasks in one run")
+    add("--minutes", type=float, help="of a run, to say how long all of them take")
     argv = with_home(argv)
-    parts = [argv]
-    experiment = None
+    own, shared = [], []
     if argv and not argv[0].startswith("-"):
-        experiment = argv[0]
-        if experiment not in EXPERIMENTS:
-            raise envs.unknown("experiment", experiment, EXPERIMENTS)
-        own = ["--out", f"sweeps/{experiment}"]
-        parts = [shlex.split(EXPERIMENTS[experiment]), argv[1:]]
-    for part in parts:
-        cut = part.index("--") if "--" in part else len(part)
-        own += part[:cut]
-        shared += part[cut + 1 :]
-    args = parser.parse_args(own)
-    args.experiment = experiment
+        own, shared = experiment(argv.pop(0))
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args([*own, *argv[:cut]])
     if not args.out:
-        raise ValueError(f"name an experiment ({', '.join(EXPERIMENTS)}), or a folder with --out")
+        raise ValueError("name an experiment of configs/, or a folder with --out")
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}; it must be positive")
     for preset in args.presets:
         if preset not in PRESETS:
-            raise envs.unknown("preset", preset, PRESETS)
-    return args, shared
+            raise unknown("preset", preset, PRESETS)
+    args.variants = make_variants(args.presets, args.grid)
+    return args, shared + argv[cut + 1 :]
+
+
+def experiment(name):
+    """(options of the sweep, settings of train.py) of a file of configs/, or of any file."""
+    path = Path(name)
+    if path.suffix != ".yaml":
+        path = ROOT / "configs" / f"{name}.yaml"
+        known = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        if name not in known:
+            raise unknown("experiment", name, [*known, "path/to/mine.yaml"])
+    content = read_config(path)
+    own = content.pop("sweep", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"{path}: `sweep` must be a mapping of options, such as seeds: [0, 1]")
+    options = {"out": f"sweeps/{path.stem}", **own}
+    if "tasks" in content:
+        options["tasks"] = content.pop("tasks")
+    return as_words(options), as_words(content)
 
 
 def common_settings(args, shared):
     """What all cells have in common, as train.py reads it; bad input is refused here."""
-    own = {"tasks", "preset", "seed", "run_dir", "resume"}
-    for word in shared:
-        if word.startswith("--") and setting(word) in own:
-            raise ValueError(f"{word} stands after --, but is the sweep's own; see --help")
-    settings, _ = train.parse([*shared, "--tasks", *args.tasks])
-    if not settings.eval_every:
-        raise ValueError("a sweep compares tip-free evaluations; add -- --eval-every 5")
-    common = dataclasses.asdict(settings) | {"together": args.together}
-    for name in (*own, *runs.RESUMABLE):
-        del common[name]
-    if args.together:
-        common["tasks"] = sorted(args.tasks)
-    return common
+    for word in itertools.chain(shared, *(words[2:] for words in args.variants.values())):
+        if word.startswith("--") and setting(word) in OWN:
+            raise ValueError(f"{word} is the sweep's own; see --help for what it offers instead")
+    args.tasks = args.tasks or train.parse(shared)[0].tasks  # the environment's own choice
+    for argv in make_cells(args, shared).values():
+        if not train.parse(argv)[0].eval_every:
+            raise ValueError("a sweep compares tip-free evaluations; add -- --eval-every 5")
+    common = dataclasses.asdict(train.parse(shared)[0]) | {"together": args.together}
+    common = {k: v for k, v in common.items() if k not in (*OWN, *runs.RESUMABLE)}
+    return common | ({"tasks": sorted(args.tasks)} if args.together else {})
 
 
 def surroundings(argv, settings):
@@ -334,7 +266,6 @@ def check_same(out, old, settings):
 
 def sweep(args, shared, argv):
     """Run the cells that are not finished, and write the report. Returns how many cells failed."""
-    args.tasks = args.tasks or train.parse(shared)[0].tasks  # the environment's own choice
     settings = common_settings(args, shared)
     cells = make_cells(args, shared)
     path = args.out / "sweep.json"
@@ -344,21 +275,21 @@ def sweep(args, shared, argv):
             old = json.loads(path.read_text())
             check_same(args.out, old, settings)
         content = {"settings": settings, "failed": old.get("failed", {})}
-        for name in ("tasks", "presets", "seeds"):  # what was asked for before stays in the report
-            content[name] = list(dict.fromkeys(old.get(name, []) + getattr(args, name)))
+        asked = {"tasks": args.tasks, "presets": list(args.variants), "seeds": args.seeds}
+        for name, values in asked.items():  # what was asked for before stays in the report
+            content[name] = list(dict.fromkeys(old.get(name, []) + values))
         run = surroundings(argv, settings)
         content["runs"] = [*(one for one in old.get("runs", []) if one != run), run]
 
         def save():
-            path.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
-            os.replace(path.with_suffix(".tmp"), path)
+            runs.write_json(path, content)
+            report.report(args.out, content)
 
         save()
         try:
             run_cells(args.out, cells, args, content["failed"], save)
         finally:
             save()
-            report.report(args.out, content)
     return sum(name in content["failed"] for name in cells)
 
 
@@ -366,16 +297,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     handle(STOPS, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
-    failed = 0
     try:
         args, shared = parse(argv)
-        path = args.out / "sweep.json"
-        if not args.report:
-            failed = sweep(args, shared, argv)
-        elif path.exists():
-            report.report(args.out, json.loads(path.read_text()))
-        else:
-            raise ValueError(f"{args.out}: no sweep here")
+        failed = sweep(args, shared, argv)
     except KeyboardInterrupt:
         print("sweep: stopped; the same command continues", file=sys.stderr)
         return 130

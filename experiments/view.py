@@ -13,6 +13,7 @@ Best and worst go by score, then return. What could steer a terminal is shown as
 import argparse
 import html
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,11 +21,10 @@ from pathlib import Path
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>Episodes</title>
 <style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 1rem auto; color: #1d2129 }
-details { border: 1px solid #d0d6de; border-radius: 6px; margin: .5rem 0; padding: .3rem .8rem }
-summary { cursor: pointer }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 1rem auto }
+details { border: 1px solid #d0d6de; margin: .5rem 0; padding: .3rem .8rem }
 h2 { font-size: 1rem; border-top: 1px solid #d0d6de; padding-top: .6rem }
-pre { background: #f2f4f7; padding: .4rem .6rem; margin: .1rem 0 .4rem; white-space: pre-wrap }
+pre { background: #f2f4f7; padding: .4rem .6rem; white-space: pre-wrap }
 pre.action { font-weight: bold }
 </style>
 """
@@ -32,11 +32,11 @@ pre.action { font-weight: bold }
 
 def visible(text, keep=""):
     """The text with what could steer a terminal or reorder a line written as an escape."""
-    shown = []
-    for c in str(text):
-        safe = c.isprintable() or c in keep
-        shown.append(c if safe else c.encode("unicode_escape").decode())
-    return "".join(shown)
+    escaped = (
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
+    return "".join(escaped)
 
 
 def read(path):
@@ -119,18 +119,16 @@ def page(episodes):
 
 def choose(episodes, args):
     """The episodes that the command line asks for, in their order."""
-    found = episodes
-    if args.task:
-        found = [e for e in found if e["task"] in args.task]
-    if args.episode:
-        found = [e for e in found if e["number"] in args.episode]
-    if args.iteration:
-        first, last = min(args.iteration), max(args.iteration)
-        found = [e for e in found if first <= e["iteration"] <= last]
+    first, last = min(args.iteration or [0]), max(args.iteration or [math.inf])
+    found = [
+        e
+        for e in episodes
+        if (not args.task or e["task"] in args.task)
+        and (not args.episode or e["number"] in args.episode)
+        and first <= e["iteration"] <= last
+    ]
     if not found:
-        raise ValueError(
-            "no such episode in this run" if episodes else "no episode in this run yet"
-        )
+        raise ValueError(f"no {'such episode' if episodes else 'episode yet'} in this run")
     best, worst = args.best, args.worst
     if not (best or worst or args.episode or args.iteration):
         found = [e for e in found if e["iteration"] == found[-1]["iteration"]]
@@ -139,8 +137,8 @@ def choose(episodes, args):
     if not (best or worst):
         return found
     ranked = sorted(found, key=lambda e: (e["score"], e["return"]), reverse=True)
-    chosen = ranked[:best] + ranked[max(best, len(ranked) - worst) :]
-    return sorted(chosen, key=lambda e: e["number"])
+    ranked[best : max(best, len(ranked) - worst)] = []
+    return sorted(ranked, key=lambda e: e["number"])
 
 
 def show_episodes(args):
@@ -148,8 +146,8 @@ def show_episodes(args):
     path = args.run / "episodes.jsonl"
     if not path.exists():
         raise ValueError(f"{args.run} is no run with episodes: there is no {path}")
-    if args.html and args.html.exists() and not args.force:
-        raise ValueError(f"{args.html} exists; --force overwrites it")
+    if args.html and args.html.exists():
+        raise ValueError(f"{args.html} exists; give another name")
     episodes = read(path)
     chosen = choose(episodes, args)
     if args.html:
@@ -168,32 +166,26 @@ def show_tips(args):
     Score: of the episode that wrote the tip. Trials: the episodes that wrote it or were shown it.
     """
     sys.path.append(str(Path(__file__).resolve().parent.parent))  # absent where this is a script
+    import numpy as np
+
     import memory
 
     for name, value in vars(args).items():
         if value and name not in ("run", "tips"):
             raise ValueError(f"--tips lists the whole memory; leave out --{name}")
-    numbers = [path.name.removeprefix("checkpoint-") for path in args.run.glob("checkpoint-*")]
-    numbers = [int(number) for number in numbers if number.isdigit()]
-    if not numbers:
+    names = [path.name for path in args.run.glob("checkpoint-*") if path.name[11:].isdigit()]
+    if not names:
         raise ValueError(f"{args.run} is no run with a checkpoint")
-    path = args.run / f"checkpoint-{max(numbers)}" / "tips.npz"
-    slots = sorted((slot, columns) for slot, _, columns in memory.read(path))
-    count = 0
-    for slot, columns in slots:
-        tips = []
-        for age, (text, score, total, trials) in enumerate(zip(*columns)):
-            tips.append((score, total / trials, age, trials, text))
-        print(f"── {visible(slot)} · {len(tips)} tips")
-        for score, mean, _, trials, text in sorted(tips, reverse=True):
-            print(f"score {score:g} · mean {mean:.1f} of {trials} trials │ {visible(text)}")
-        count += len(tips)
-    print(f"{count} tips in {len(slots)} memories of {path}")
-
-
-def home(path):
-    """A path with ~ replaced: a shell leaves it in --html=~/x."""
-    return Path(path).expanduser()
+    path = args.run / max(names, key=lambda name: int(name[11:])) / "tips.npz"
+    store = memory.TipMemory()
+    store.load(path)
+    for name, slot in sorted(store.slots.items()):
+        print(f"── {visible(name)} · {len(slot.texts)} tips")
+        for i in memory.best_first(slot, np.ones(len(slot.texts)), max_tips=None):
+            mean = slot.totals[i] / slot.trials[i]
+            served = f"mean {mean:.1f} of {slot.trials[i]} trials"
+            print(f"score {slot.scores[i]:g} · {served} │ {visible(slot.texts[i])}")
+    print(f"{len(store)} tips in {len(store.slots)} memories of {path}")
 
 
 def main(argv=None):
@@ -202,30 +194,25 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=home, help="run directory")
-    parser.add_argument("--task", nargs="+", help="only these tasks")
-    parser.add_argument(
-        "--iteration", type=int, nargs="+", metavar="N", help="only this one, or first and last"
-    )
-    parser.add_argument("--episode", type=int, nargs="+", metavar="N", help="only these")
-    parser.add_argument("--best", type=int, default=0, metavar="K", help="of those, the K best")
-    parser.add_argument("--worst", type=int, default=0, metavar="K", help="the K worst, as well")
-    parser.add_argument("--list", action="store_true", help="one line per episode")
-    parser.add_argument("--html", type=home, metavar="FILE", help="write a page")
-    parser.add_argument("--force", action="store_true", help="let --html overwrite FILE")
-    parser.add_argument(
-        "--tips",
-        action="store_true",
-        help="list the tips in the memory: score of the episode that wrote it, mean score of the "
-        "episodes that wrote it or were shown it (trials)",
-    )
+    add = parser.add_argument
+
+    def home(path):  # a shell leaves ~ in --html=~/x
+        return Path(path).expanduser()
+
+    add("run", type=home, help="run directory")
+    add("--task", nargs="+", help="only these tasks")
+    add("--iteration", type=int, nargs="+", metavar="N", help="only this one, or first and last")
+    add("--episode", type=int, nargs="+", metavar="N", help="only these")
+    add("--best", type=int, default=0, metavar="K", help="of those, the K best")
+    add("--worst", type=int, default=0, metavar="K", help="the K worst, as well")
+    add("--list", action="store_true", help="one line per episode")
+    add("--html", type=home, metavar="FILE", help="write a page")
+    add("--tips", action="store_true", help="list the tips: score of the episode that wrote it, "
+        "mean score of the episodes that wrote it or were shown it (trials)")  # fmt: skip
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     try:
-        if args.tips:
-            show_tips(args)
-        else:
-            show_episodes(args)
+        show_tips(args) if args.tips else show_episodes(args)
         sys.stdout.flush()
     except BrokenPipeError:  # head, or a pager that was left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,14 +15,16 @@ import torch
 from conftest import CHATML, ROOT, write_checkpoint
 from safetensors.torch import load_file, save
 
+import envs
 import eval as evaluation
 import memory
 import rollout
 import train
-from engine import runs
+from empo2 import Algorithm
+from engine import evaluations, paper, runs
 from envs import make
-from experiments import paper
 from memory import TipMemory, embedder
+from policy import load_policy
 from rollout import Episode, Job, Turn
 from settings import Settings
 from worlds.house import House
@@ -115,17 +117,17 @@ def test_the_memory_of_a_checkpoint_is_shown_at_every_turn(run, tmp_path, capsys
 
 def test_ood_fills_a_memory_and_moves_no_weight(run, tmp_path, monkeypatch, capsys):
     policies = []
-    load = runs.load_policy
+    load = evaluation.load_policy
 
     def load_policy(*args):
         policies.append(load(*args))
         return policies[-1]
 
-    monkeypatch.setattr(runs, "load_policy", load_policy)
+    monkeypatch.setattr(evaluation, "load_policy", load_policy)
     memories = []
-    make_memory = runs.make_memory
+    make_memory = memory.TipMemory
     monkeypatch.setattr(
-        runs, "make_memory", lambda s: memories.append(make_memory(s)) or memories[-1]
+        memory, "TipMemory", lambda *args: memories.append(make_memory(*args)) or memories[-1]
     )
     tasks = ["clock", "printer"]
     command = [run, "--protocol", "ood", "--tasks", *tasks, "--variations", 3]
@@ -177,7 +179,7 @@ def test_a_killed_evaluation_is_continued(run, tmp_path, protocol, monkeypatch):
     monkeypatch.setattr(evaluation, "play", lambda *args: calls.append(1) or play(*args))
     assert evaluate(*command, out) == whole
     assert len(calls) == len(whole["parts"]) - len(written)
-    monkeypatch.setattr(runs, "load_policy", None)  # all is there: nothing is loaded
+    monkeypatch.setattr(evaluation, "load_policy", None)  # all is there: nothing is loaded
     assert evaluate(*command, out) == whole
 
 
@@ -187,7 +189,13 @@ FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 
 def changed(s, name):
     """A flag that gives a setting another value."""
-    free = {"env": "webshop", "embedder": "a/b", "preset": "grpo", "run_dir": "x"}
+    free = {
+        "env": "webshop",
+        "algorithm": "gigpo",
+        "embedder": "a/b",
+        "preset": "grpo",
+        "run_dir": "x",
+    }
     free |= {"report_to": "wandb", "env_options": "rooms=3"}
     value = getattr(s, name)
     kinds = typing.get_args(FIELDS[name].type) or (FIELDS[name].type,)
@@ -211,17 +219,17 @@ def test_every_setting_is_recorded_or_changes_no_number(run, tmp_path, capsys, m
     result = evaluate(*command, "--out", out)
     capsys.readouterr()
     recorded = result["protocol"]["settings"]
-    lists = [*recorded, *evaluation.OWN, *evaluation.NO_EFFECT]
+    lists = [*recorded, *evaluations.OWN, *evaluations.NO_EFFECT]
     assert sorted(lists) == sorted(FIELDS), "each in one of them"
     assert {"mode_level", "temperature", "max_tips", "embedder"} <= recorded.keys()
     for name in recorded:
         said = refusal(capsys, *command, "--out", out, "--", changed(s, name))
-        # The tasks of another environment are unknown; the house has no shots to show.
-        assert f"settings.{name}" in said or name in ("env", "shots", "action_correction"), name
-    idle = [changed(s, name) for name in evaluation.NO_EFFECT if name != "decode_graph"]
+        # The tasks of another environment are unknown.
+        assert f"settings.{name}" in said or name == "env", name
+    idle = [changed(s, name) for name in evaluations.NO_EFFECT if name != "decode_graph"]
     again = evaluate(*command, "--out", tmp_path / "again.json", "--", *idle)
     assert again["parts"] == result["parts"] and any(e["tip"] for e in again["parts"][0]["played"])
-    monkeypatch.setattr(runs, "load_policy", None)
+    monkeypatch.setattr(evaluation, "load_policy", None)
     assert evaluate(*command, "--out", out, "--", *idle) == result, "the file fits these, too"
     shown, said = capsys.readouterr()
     shown = shown.splitlines()
@@ -237,7 +245,7 @@ def test_another_adapter_or_memory_of_the_same_name_is_refused(run, tmp_path, ca
     off = ["--variations", 1, "--out", tmp_path / "off.json"]
     on = ["--memory", "--variations", 1, "--out", tmp_path / "on.json"]
     results = [evaluate(run, *options) for options in (off, on)]
-    monkeypatch.setattr(runs, "load_policy", None)
+    monkeypatch.setattr(evaluation, "load_policy", None)
     for options, result in zip((off, on), results, strict=True):
         again = evaluate(copy, *options)
         assert again["parts"] == result["parts"] and "tips.npz" not in results[0]["protocol"]
@@ -305,7 +313,7 @@ def test_a_damaged_result_or_another_file_is_not_continued(run, tmp_path, capsys
 # --- The tables -----------------------------------------------------------------------------------
 def follow_the_solution(monkeypatch):
     """Put a player that replays the environment's own solution in the place of the policy's."""
-    load, make_env = runs.load_policy, runs.make_env
+    load, make_env = evaluation.load_policy, envs.from_settings
     made = []
 
     def load_policy(*args):
@@ -326,8 +334,8 @@ def follow_the_solution(monkeypatch):
         made.append(make_env(s))
         return made[-1]
 
-    monkeypatch.setattr(runs, "load_policy", load_policy)
-    monkeypatch.setattr(runs, "make_env", remember)
+    monkeypatch.setattr(evaluation, "load_policy", load_policy)
+    monkeypatch.setattr(envs, "from_settings", remember)
 
 
 SOLVED = dict(zip(evaluation.FIGURES, (100, 100, 100, 1, 0), strict=True))
@@ -412,14 +420,16 @@ def test_the_papers_numbers():
 
 def test_evaluations_do_not_depend_on_how_many_play_side_by_side(checkpoint):
     s = Settings(env="house", model=checkpoint, action_tokens=4, step_limit=4)
-    policy = runs.load_policy(s)
+    policy = load_policy(s)
     pool = [("radio", 96), ("fan", 97)]
     told = []
     for lanes in (1, 3, 6):
-        envs = [make("house", step_limit=4) for _ in range(lanes)]
-        played = evaluation.evaluate(policy, envs, pool, 3, s, np.random.default_rng(0))
+        worlds = [make("house", step_limit=4) for _ in range(lanes)]
+        played = evaluation.evaluate(
+            policy, worlds, pool, 3, Algorithm(s), np.random.default_rng(0)
+        )
         assert [e.job.variation for e in played] == [96] * 3 + [97] * 3
-        assert not any(turn.tips for e in played for turn in e.turns)
+        assert not any(turn.shown for e in played for turn in e.turns)
         told.append([[turn.action_ids for turn in e.turns] for e in played])
     assert told[0] == told[1] == told[2]
 
@@ -427,7 +437,7 @@ def test_evaluations_do_not_depend_on_how_many_play_side_by_side(checkpoint):
 def test_an_evaluation_acts_at_its_own_temperature_and_writes_tips_at_that_of_training(checkpoint):
     options = {"action_tokens": 4, "tip_tokens": 6, "temperature": 0.9, "eval_temperature": 0.3}
     s = Settings(env="house", model=checkpoint, **options)
-    policy = runs.load_policy(s)
+    policy = load_policy(s)
     asked = []
     sample = policy.sample
 
@@ -436,24 +446,28 @@ def test_an_evaluation_acts_at_its_own_temperature_and_writes_tips_at_that_of_tr
         return sample(prompts, uniforms, temperature, lanes)
 
     policy.sample = spy
-    envs = [make("house", step_limit=2)]
-    evaluation.evaluate(policy, envs, [("fan", 97)], 1, s, np.random.default_rng(0), write=True)
+    worlds, algorithm = [make("house", step_limit=2)], Algorithm(s)
+    rng = np.random.default_rng(0)
+    evaluation.evaluate(policy, worlds, [("fan", 97)], 1, algorithm, rng, write=True)
     assert asked == [(0.3, 4), (0.3, 4), (0.9, 6)]
 
 
 def test_each_trial_of_each_task_has_draws_of_its_own(monkeypatch):
     drawn = []
 
-    def evaluate(policy, envs, pool, episodes, s, rng, *_, **__):
+    def evaluate(policy, worlds, pool, episodes, algorithm, rng, *_, **__):
         drawn.append(rng.random())
         return [Episode(Job(*pool[0], 0, 0), None, 0, "", [], [], [Turn("", [])])]
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    algorithm = Algorithm(Settings())
     for seed in (0, 1):
         args = SimpleNamespace(seed=seed, protocol="ood", episodes=3)
         for pool in ([("fan", 0)], [("radio", 0)]):
             for trial in (0, 1):
-                part = evaluation.play(None, [], pool, trial, None, None, args, Settings(), None)
+                part = evaluation.play(
+                    None, [], pool, trial, None, None, args, Algorithm(Settings()), None
+                )
                 assert part["episodes_dropped"] == 2
     assert len(set(drawn)) == 8
 
@@ -471,15 +485,17 @@ def test_what_is_remembered_of_the_file_is_what_training_would_store(key, monkey
     episodes = []
     for variation, score in ((0, -100), (1, 50)):
         turns = [Turn("hall", [], next_observation="attic")]
-        turns.append(Turn("attic", [], ["old"], next_observation=f"room {variation}"))
+        turns.append(Turn("attic", [], shown=["old"], next_observation=f"room {variation}"))
         job = Job("fan", variation, variation, 0)
         tip = f"tip {variation}"
         episodes.append(Episode(job, None, 0, "u", [], [], turns, score=score, tip=tip))
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: episodes)
     args = SimpleNamespace(seed=0, protocol="ood", episodes=1)
-    part = evaluation.play(None, [], [("fan", 0), ("fan", 1)], 1, None, None, args, s, None)
+    part = evaluation.play(
+        None, [], [("fan", 0), ("fan", 1)], 1, None, None, args, Algorithm(s), None
+    )
     evaluation.remember(json.loads(json.dumps(part["played"])), read, embed)
-    rollout.store_tips(episodes, stored, embed, s)
+    rollout.store_tips(episodes, stored, embed, algorithm)
     assert list(read.slots) == list(stored.slots)
     for slot, held in read.slots.items():
         expected = stored.slots[slot]

@@ -4,19 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2Config
 
 from experiments import gpu_memory
-from experiments.random_policy import fill, skeleton
+from experiments.gpu_memory import fill, skeleton
 
-SHAPE = Qwen2Config(
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=2000,
-)
+SHAPE = gpu_memory.shape(128, 512, 2, 4, 2, 2000)
 
 
 class Allocated:
@@ -74,6 +66,7 @@ def test_bigger_things_do_not_fit_smaller_cards():
     for dialogues, peak in ((2, 10e9), (4, 30e9)):
         peaks["prefill", dialogues, 700] = peak
         peaks["decode", dialogues, 700] = 1e9
-    assert gpu_memory.what_fits(peaks, 12, 700) == (2, 1000)
-    assert gpu_memory.what_fits(peaks, 11, 700) == (None, 1000)  # a tenth is left free
-    assert gpu_memory.what_fits(peaks, 80, 700) == (4, 2000)
+    peaks["prefill", 4, 900] = peaks["decode", 2, 900] = 1e9
+    assert gpu_memory.what_fits(peaks, 12, [700]) == [2, 1000]
+    assert gpu_memory.what_fits(peaks, 11, [700]) == [None, 1000]  # a tenth is left free
+    assert gpu_memory.what_fits(peaks, 80, [700, 900]) == [4, None, 2000]

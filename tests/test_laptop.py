@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
+from algorithms.shuffled_tips import ShuffledTips
 from envs import UNKNOWN
-from experiments.shuffled_tips import ShuffledTips
+from memory import TipMemory, embedder
+from rollout import Episode, Job, Turn, store_tips
+from settings import Settings
 from standin import make_house, make_stages
 
 
@@ -59,17 +61,22 @@ def test_a_player_that_recalls_says_what_its_tip_will():
 
 
 def test_shuffled_tips_keep_all_but_what_they_say():
-    memory = ShuffledTips()
+    """Form, score and number; the transcripts keep what was written."""
+    algorithm = ShuffledTips(Settings())
     draw = random.Random(0)
     told = [make_stages.tip_of(0, draw.sample(make_stages.STAGES, 3)) for _ in range(50)]
-    for text in told * 2:
-        memory.add(np.ones(2), text, 58, "task")
-    held = memory.slots["task"]
+    turns = [Turn("", [], next_observation="the end")]
+    episodes = [Episode(Job("t", 0, 0, 0), None, 0, "", [], [], turns, 0, 58, tip=t) for t in told]
+    memory = TipMemory()
+    for _ in range(2):
+        store_tips(episodes, memory, embedder(), algorithm)
+    assert [episode.tip for episode in episodes] == told
+    held = memory.slots["t/0"]
     assert len(held.texts) <= len(told), "the same tip is told the same way"
     form = "Score 0: first \\w+, second \\w+, third \\w+, fourth unknown."
     assert all(re.fullmatch(form, text) for text in held.texts)
     assert len({*held.texts} & {*told}) < 5
-    assert set(held.scores) == {58}
+    assert set(held.scores) == {58} and sum(held.trials) == 100
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Several processes are one run: its numbers, one line when it fails, and nobody left waiting."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -50,30 +49,6 @@ def second_is_out_of_memory(rank):
 
     if rank == 1:
         train.empo2.accumulate_gradient = full
-
-
-def second_has_a_number_that_is_not_finite(rank):
-    def spoil(policy, rows, s):
-        recompute(policy, rows, s)
-        for row in rows:
-            for _, pair in row.spans:
-                pair.old_logps[0] = float("nan")
-        return []
-
-    recompute = train.empo2.recompute_old_logps
-    if rank == 1:
-        train.empo2.recompute_old_logps = spoil
-
-
-def first_is_busy(rank):
-    def save(run_dir, iteration, *args):
-        if iteration == 1:
-            time.sleep(600)
-        real(run_dir, iteration, *args)
-
-    real = runs.save_checkpoint
-    if rank == 0:
-        runs.save_checkpoint = save
 
 
 @pytest.fixture(scope="module")
@@ -187,46 +162,11 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(launch, tmp_
     assert runs.checkpoints(run_dir) == [0, done]
 
 
-# --- A process that is lost -----------------------------------------------------------------------
-@pytest.mark.parametrize("victim, act", [(0, nothing), (1, first_is_busy)])
-def test_the_survivor_of_a_kill_ends_and_the_run_goes_on(victim, act, launch, tmp_path):
-    run_dir = tmp_path / "a run"
-    launched = launch([*SMALL, "--run-dir", run_dir, "--iterations", 10000], act=act)
-    until_played(run_dir, launched)
-    time.sleep(1)
-    launched.processes[victim].kill()
-    since = time.monotonic()
-    codes, lines, said = launched.end()
-    print(f"\nthe other process ended {time.monotonic() - since:.1f} s after the kill")
-    assert time.monotonic() - since < 60
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 2
-    assert len(lines) == 1 and "another process was lost" in lines[0] and "0x" not in said
-    assert lines[0].endswith(f"--resume --run-dir '{run_dir}' continues")
-    start = runs.checkpoints(run_dir)[-1]
-    resume = ["--resume", "--run-dir", str(run_dir), "--iterations"]
-    assert launch([*resume, start + 1]).end()[0] == [0, 0]
-    assert train.main([*resume, str(start + 2)]) == 0
-    played = [m["iteration"] for m in runs.records(run_dir / "metrics.jsonl")]
-    assert played == list(range(start + 2))
-
-
 def test_a_process_that_fails_says_why_and_ends_the_others(launch, tmp_path):
     run_dir = tmp_path / "run"
     launched = launch([*SMALL, "--run-dir", run_dir], act=second_is_out_of_memory)
     codes, lines, said = launched.end()
     assert codes == [2, 1] and len(lines) == 1 and "--micro-tokens" in lines[0], said
-
-
-def test_a_gradient_that_is_not_finite_stops_all(launch, tmp_path):
-    run_dir = tmp_path / "run"
-    act = second_has_a_number_that_is_not_finite
-    command = [*SMALL, "--run-dir", run_dir, "--minibatch-episodes", 6, "--min-prob", 0]
-    codes, lines, said = launch(command, act=act).end()
-    assert 2 in codes and 0 not in codes and len(lines) == 1, said
-    assert "not finite" in lines[0] and lines[0].endswith("nonfinite-0")
-    pairs = json.loads((run_dir / "nonfinite-0" / "pairs.json").read_text())
-    spoilt = [pair for pair in pairs if np.isnan(pair["old_logps"][0])]
-    assert 0 < len(spoilt) < len(pairs), "those of both processes"
 
 
 # --- Bad input ------------------------------------------------------------------------------------

@@ -24,11 +24,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import envs
 import eval as evaluation
 import settings
 import train
-from engine import logs, runs
-from envs import UNKNOWN
+from engine import command, logs, runs
+from engine.errors import UNKNOWN
 from experiments import sweep, view
 from policy import Policy
 from settings import PRESETS
@@ -372,16 +373,17 @@ def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
     said = "3 iterations taught nothing: --group-size 1 leaves no episode to compare with"
     assert lines == [said]
     flat, useful = {"zero_variance_groups": 1.0}, {"zero_variance_groups": 0.5}
-    s, idle = train.parse([])[0], logs.Idle()
+    s, bare = train.parse([])[0], {"iteration": 0, "score": 0, "score_best": 0, "tips_shown": 0}
+    idle = logs.Display(s, 0, SimpleNamespace(log=lambda *_, **__: None)).iteration
     heard, unheard = (
         SimpleNamespace(score=score, turns=[SimpleNamespace(next_observation=text)])
         for score, text in ((50, "a hall"), (0, UNKNOWN))
     )
     for metrics in (flat, flat, useful, flat, flat, {}, flat, flat):
-        idle([heard], metrics, s)
+        idle([heard], bare | metrics)
     assert "taught" not in capsys.readouterr().err
     for metrics in (flat, useful, flat, flat, flat):
-        idle([heard, unheard], metrics, s)
+        idle([heard, unheard], bare | metrics)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("all episodes returned the same (the last scores: 0, 50)")
     assert logs.why_idle([unheard] * 2, s).startswith("none of the last 2 actions was understood")
@@ -393,7 +395,7 @@ def test_the_commands_at_the_end_work_from_anywhere(finished, tmp_path, monkeypa
     s, _ = runs.read_checkpoint(run_dir / "checkpoint-4")
     for cwd in (ROOT, tmp_path):
         monkeypatch.chdir(cwd)
-        train.summarise(s, Path(os.path.relpath(run_dir)))
+        command.summarise(s, Path(os.path.relpath(run_dir)))
         look, go_on = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
         assert (cwd == ROOT) == look.startswith("python experiments/view.py ")
         for more in ("", " --tips"):
@@ -409,7 +411,7 @@ def test_the_commands_at_the_end_work_from_anywhere(finished, tmp_path, monkeypa
 
 def test_a_terminal_without_utf_8(monkeypatch):
     for print_help in (
-        lambda: settings.refuse(["--help"], train.__doc__),
+        lambda: command.refuse(["--help"], train.__doc__, envs.make),
         lambda: evaluation.main(["--help"]),
         lambda: sweep.main(["--help"]),
     ):
@@ -546,7 +548,7 @@ def test_reflexion_moves_no_weight(tmp_path):
     run_dir = tmp_path / "run"
     small = [word for word in SMALL if word not in ("--memory-prob", "0.6")]
     command = [*small, "--run-dir", str(run_dir), "--preset", "reflexion"]
-    assert train.main([*command, "--iterations", "2", "--keep-checkpoints", "3"]) == 0
+    assert train.main([*command, "--iterations", "2", "--save-every", "2"]) == 0
     first, last = weights(run_dir, 0), weights(run_dir, 2)
     assert all(torch.equal(first[name], last[name]) for name in first)
     metrics = runs.records(run_dir / "metrics.jsonl")
