@@ -412,7 +412,7 @@ def test_a_step_is_recorded_once_for_each_size(policy, monkeypatch):
     def record(step):
         """As a graph on a GPU: tied to the tensors that it was recorded with."""
         (keys, values), *_ = policy.cache.layers.values()
-        sizes.append((len(policy.cache.rows), policy.cache.width))
+        sizes.append((len(policy.cache.indexes), policy.cache.width))
 
         def replay():
             assert policy.cache.layers[0][0] is keys and policy.cache.layers[0][1] is values
