@@ -73,6 +73,9 @@ def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
         return explore(learner, worlds, jobs, embed, algorithm, rng, clock)
 
     episodes = algorithm.collect(job_drawer(pool, s, rng), play)
+    if not episodes:
+        name = type(algorithm).__name__
+        raise ValueError(f"{name}.collect returned no episodes; return those of the last `play`")
     rollout.give_intrinsic_rewards(episodes, learner.novelty, embed, algorithm)
     rollout.store_tips(episodes, learner.tip_memory, embed, algorithm)
     metrics = {}

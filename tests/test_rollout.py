@@ -621,6 +621,12 @@ def test_an_iteration_collects_groups_until_it_has_what_it_wants():
     )
 
 
+def test_an_iteration_without_episodes_is_one_line():
+    empty = type("Picky", (Algorithm,), {"collect": lambda self, draw, play: play(draw(1))[:0]})
+    with pytest.raises(ValueError, match="Picky.collect returned no episodes; return"):
+        iterate(empty(Settings()))
+
+
 @pytest.mark.parametrize("level", ["turn", "episode", "batch"])
 @pytest.mark.parametrize("tips", [None, memory_of("old tip")])
 def test_an_evaluation_has_tips_if_it_is_given_a_memory_whatever_training_does(level, tips):
