@@ -607,6 +607,7 @@ def test_an_iteration_collects_groups_until_it_has_what_it_wants():
 
     algorithm = Twice(Settings(group_size=2, tasks_per_iteration=9))
     learner = toy_learner(algorithm)
+    assert algorithm.iteration == 0
     episodes, metrics = iterate(algorithm, learner, iteration=5)
     jobs = [job for jobs in rounds for job in jobs]
     assert [(job.group, job.member) for job in jobs] == [(g, m) for g in range(4) for m in (0, 1)]
