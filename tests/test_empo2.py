@@ -240,7 +240,9 @@ class Distil(Algorithm):
         return [[self.advantage(turn.pair) for turn in e.turns] for e in episodes]
 
     def advantage(self, pair):
-        return np.subtract(pair.second.old_logps, pair.old_logps) if pair.second else 0.0
+        if not pair.second:
+            return 0.0
+        return [0.0, *np.subtract(pair.second.old_logps, pair.old_logps)[1:]]
 
 
 @pytest.mark.parametrize("options", [{}, {"pack": "group", "micro_tokens": 20}, {"history": 3}])
@@ -260,6 +262,7 @@ def test_a_second_prompt_is_scored_and_advantages_are_of_tokens(options):
             if t:  # the only one with tips
                 with_tips = plain.of(e.prompt(t, turn.shown_ids), turn.action_ids, 0.7)[0]
                 turn.expected = (with_tips - logp).detach()
+                turn.expected[0] = 0.0
                 objective += (turn.expected * logp).sum()
     (gradient,) = torch.autograd.grad(objective, plain.weight)
     metrics = update(bag, Distil(s), episodes, 1.0)
@@ -271,6 +274,7 @@ def test_a_second_prompt_is_scored_and_advantages_are_of_tokens(options):
         assert second.pair.advantages == pytest.approx(second.expected.tolist(), abs=1e-5)
         assert second.advantage == pytest.approx(second.expected.mean().item(), abs=1e-5)
     assert bag.scored == tokens + 2 * 3 * 2  # π_old of all; with tips; π_θ of what is learnt
+    assert metrics["zero_variance_groups"] == 0
     assert metrics["sampler_gap"] == pytest.approx(max(gaps), abs=1e-4)
     assert metrics["sampler_gap_mean"] == pytest.approx(np.mean(gaps), abs=1e-4)
 
