@@ -8,14 +8,13 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import resource
 import shutil
 import signal
 import sys
 import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -31,11 +30,9 @@ import memory
 import rollout
 import train
 from engine import logs, runs
-from experiments import view
 from policy import load_policy
 from settings import Settings
 from worlds.house import House
-from worlds.scienceworld import Jvm, Simulator
 
 SCIENCEWORLD = """
     --env scienceworld --tasks power-component --step-limit 3 --variations 2 --lora-r 2
@@ -51,7 +48,6 @@ def child(argv, output, run_dir, event, act, argument):
     os.dup2(output.fileno(), 1)
     os.dup2(1, 2)
     sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
-    os.environ["RUN_OF_THE_TEST"] = str(run_dir)  # its JVM inherits it
     tqdm.set_lock(threading.RLock())  # its own would leak a semaphore when killed
     torch.set_num_threads(1)
     count = 0
@@ -201,7 +197,8 @@ def test_a_signal_that_is_ignored_at_the_start_stops_nothing(stop, launch, tmp_p
     while not (tmp_path / "run").exists():
         time.sleep(0.01)
     while process.is_alive():
-        os.kill(process.pid, stop)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(process.pid, stop)
         time.sleep(0.01)
     code, said = end()
     assert code == 0 and "Finishing" not in said, said
@@ -223,17 +220,6 @@ def test_a_second_ctrl_c_in_a_java_call_ends_quietly(launch, tmp_path):
     assert "--resume" in said.splitlines()[-1]
 
 
-def java_of(run_dir):
-    """Are there processes that inherited the run's mark?"""
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if str(run_dir).encode() in environ.read_bytes():
-                return True
-        except OSError:  # it has just ended
-            continue
-    return False
-
-
 @pytest.mark.parametrize(
     "env, kills, iterations",
     [
@@ -244,7 +230,7 @@ def java_of(run_dir):
 )
 def test_any_number_of_kills_changes_nothing(env, kills, iterations, run, tmp_path):
     """kill -9 at a random file operation, or a random time after one: every resume succeeds, the
-    same numbers bit for bit, at most one iteration is repeated, and no Java is left behind."""
+    same numbers bit for bit, and at most one iteration is repeated."""
     command = [*SMALL] if env == "house" else SCIENCEWORLD
     command = [*command, "--eval-every", "3", "--eval-variations", "1", "--eval-episodes", "1"]
     command += ["--iterations", str(iterations)]
@@ -271,11 +257,6 @@ def test_any_number_of_kills_changes_nothing(env, kills, iterations, run, tmp_pa
     code, output = run(["--resume"] if runs.checkpoints(ours) else command, ours)
     assert code == 0, output
     assert_same_run(ours, theirs, iterations)
-    for _ in range(100):
-        if not java_of(ours):
-            break
-        time.sleep(0.1)
-    assert not java_of(ours)
     print(f"\n{env}: {done} kills; {repeated} finished iterations were repeated; all is equal")
 
 
@@ -326,11 +307,13 @@ def test_damaged_records_are_put_aside_and_the_run_goes_on(copy, capsys):
     }
     for name, content in damaged.items():
         (copy / name).write_bytes(content)
+    (copy / "damaged-4-evals.jsonl").mkdir()  # what has the name is not touched
     assert resume(copy, 6) == 0
     said = capsys.readouterr().err
     for name, content in damaged.items():
-        assert f"{copy / name}: a part of it is lost" in said
-        assert (copy / f"damaged-4-{name}").read_bytes() == content
+        aside = copy / f"damaged-4-{name}".replace("evals", "evals-2")
+        assert f"{copy / name}: a part of it is lost; the run goes on, see {aside}" in said
+        assert aside.read_bytes() == content
     assert f"{copy / 'episodes.jsonl'}: line 1 is damaged" in said
     assert [m["iteration"] for m in runs.records(copy / "metrics.jsonl")] == [1, 1, 2, 3, 4, 5]
     intact = b"".join(episodes.splitlines(True)[1:])
@@ -389,16 +372,6 @@ def test_a_folder_that_cannot_be_flushed_is_no_full_disk(tmp_path, monkeypatch):
 
 
 # --- Simulators -----------------------------------------------------------------------------------
-def assert_compared_with_those_that_are_left(run_dir):
-    """The advantages of the first turns are those of the episodes in the file."""
-    episodes = runs.records(run_dir / "episodes.jsonl")
-    for group in {(e["iteration"], e["group"]) for e in episodes}:
-        mine = [e for e in episodes if (e["iteration"], e["group"]) == group]
-        returns = np.array([e["return"] for e in mine])
-        wanted = (returns - returns.mean()) / (returns.std() + 1e-6)
-        assert [e["turns"][0]["advantage"] for e in mine] == pytest.approx(wanted, abs=1e-2)
-
-
 @pytest.mark.parametrize("method", ["start", "act"])
 def test_a_fault_costs_its_episode_and_five_in_a_row_stop_the_run(
     method, copy, monkeypatch, capsys
@@ -421,58 +394,12 @@ def test_a_fault_costs_its_episode_and_five_in_a_row_stop_the_run(
     last = runs.records(copy / "metrics.jsonl")[4:]
     assert sum(m["episodes_dropped"] for m in last) == (2 if method == "act" else 0)
     assert [m["episodes"] + m["episodes_dropped"] for m in last] == [6, 6]
-    assert_compared_with_those_that_are_left(copy)
-
-
-@pytest.mark.slow
-def test_training_goes_on_through_every_fault_of_the_simulator(tmp_path, monkeypatch):
-    """In mid-episode the JVM is killed in iteration 0 and hangs in 1; in 2 the simulator raises.
-
-    It hangs while actions are sampled, and is waited for once: not for each simulator, nor for each
-    object of Java that Python drops meanwhile.
-    """
-    step = Simulator.step
-    sample_actions = rollout.sample_actions
-    sampled = []
-    pids = []
-    moments = []
-
-    def stopping(policy, live, s):
-        sampled.append(len(live))
-        if len(sampled) == 8:
-            spare = [Simulator(0) for _ in range(4)]
-            os.kill(pids[-1], signal.SIGSTOP)
-            moments.append(time.monotonic())
-            del spare
-        sample_actions(policy, live, s)
-
-    def faulty(self, action):
-        pids.append(self.jvm.process.pid)
-        if len(pids) == 3:
-            os.kill(pids[-1], signal.SIGKILL)
-        if len(pids) == 17:
-            moments.append(time.monotonic())
-        if len(pids) == 25:
-            self.ask(self.jvm.gateway.jvm.java.lang.Integer.parseInt, "x")
-        return step(self, action)
-
-    if 0 in Jvm.living:
-        Jvm.living[0].kill()
-    monkeypatch.setattr(Jvm, "TIMEOUT", 15.0)
-    monkeypatch.setattr(Simulator, "step", faulty)
-    monkeypatch.setattr(rollout, "sample_actions", stopping)
-    run_dir = tmp_path / "run"
-    command = [*SCIENCEWORLD, "--run-dir", str(run_dir), "--iterations", "4"]
-    assert train.main([*command, "--group-size", "4", "--rollout-batch", "2"]) == 0
-    Jvm.living[0].kill()  # the next test gets the usual time limit
-    metrics = runs.records(run_dir / "metrics.jsonl")
-    assert [m["episodes_dropped"] for m in metrics] == [2, 2, 1, 0]
-    assert [m["episodes"] for m in metrics] == [2, 2, 3, 4]
-    stopped, going_on = moments
-    assert going_on - stopped < 3 * 15, "the time limit once, a new JVM, two loads"
-    assert len(set(pids)) == 3, "a new JVM after the kill and the hang, none after the exception"
-    assert_compared_with_those_that_are_left(run_dir)
-    assert all(len(e["turns"]) == 3 for e in runs.records(run_dir / "episodes.jsonl"))
+    episodes = [e for e in runs.records(copy / "episodes.jsonl") if e["iteration"] > 3]
+    for group in {(e["iteration"], e["group"]) for e in episodes}:
+        left = [e for e in episodes if (e["iteration"], e["group"]) == group]
+        returns = np.array([e["return"] for e in left])
+        wanted = (returns - returns.mean()) / (returns.std() + 1e-6)
+        assert [e["turns"][0]["advantage"] for e in left] == pytest.approx(wanted, abs=1e-2)
 
 
 # --- Numbers that are not finite ------------------------------------------------------------------
@@ -542,8 +469,8 @@ def written(draw, policy):
 
 
 @pytest.mark.parametrize("answers", [600, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_text_breaks_anything_or_becomes_structure(answers, checkpoint, tmp_path, capsys):
-    """Through action, tip, memory, context, transcript, viewer and page."""
+def test_no_text_breaks_anything_or_becomes_structure(answers, checkpoint, tmp_path):
+    """Through action, tip, memory, context and transcript."""
     few = {"memory_prob": 0.7, "tip_threshold": 0, "step_limit": 3}
     s = Settings(env="house", model=checkpoint, context=3000, tip_tokens=400, **few)
     policy, algorithm, draw = load_policy(s), empo2.Algorithm(s), random.Random(0)
@@ -587,14 +514,6 @@ def test_no_text_breaks_anything_or_becomes_structure(answers, checkpoint, tmp_p
     assert any(e.tip_cut for e in episodes)
     assert any(turn.tips_left_out for e in episodes for turn in e.turns)
     assert [e["tip"] for e in runs.records(path)] == [e.tip for e in episodes]
-    numbers = [str(n) for n in range(1, len(episodes) + 1)]
-    capsys.readouterr()
-    assert view.main([str(tmp_path), "--episode", *numbers]) == 0
-    shown = capsys.readouterr()
-    steering = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e\ufeff]"
-    assert not re.search(steering, shown.out) and not shown.err
-    assert view.main([str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
-    assert "<script>alert" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 # --- Bad files ------------------------------------------------------------------------------------
@@ -624,7 +543,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(copy, capsys)
     assert [m["iteration"] for m in runs.records(copy / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
-def test_what_is_put_aside_again_gets_a_free_name(copy, capsys):
+def test_what_is_put_aside_again_gets_a_free_name(copy):
     """Whatever has the name: a folder, a file, a link to nothing. Nothing of it is touched."""
     (copy / "damaged-4-2").write_text("mine")
     (copy / "damaged-4-4").symlink_to("nowhere")
@@ -636,20 +555,6 @@ def test_what_is_put_aside_again_gets_a_free_name(copy, capsys):
         assert (copy / name / "tips.npz").read_text() == name and not folder.exists()
         shutil.copytree(good, folder)
     assert (copy / "damaged-4-2").read_text() == "mine" and (copy / "damaged-4-4").is_symlink()
-    (copy / "damaged-4-evals.jsonl").mkdir()
-    whole = {name: (copy / name).read_bytes() for name in (*runs.LOGS, "settings.json")}
-    for number in (1, 2, 3):  # times at the same checkpoint
-        for name, content in whole.items():
-            (copy / name).write_bytes(b"?" * number + content)
-        runs.open_logs(copy, 4)
-        said = capsys.readouterr().err
-        for name, content in whole.items():
-            taken = number + (name == "evals.jsonl")  # a folder has the first name
-            stem, suffix = name.split(".")
-            end = f"-{taken}" if taken > 1 else ""
-            aside = copy / f"damaged-4-{stem}{end}.{suffix}"
-            assert aside.read_bytes() == b"?" * number + content
-            assert f"{name}: a part of it is lost; the run goes on, see {aside}" in said
 
 
 def refused(capsys, run_dir):
