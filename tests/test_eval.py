@@ -305,14 +305,7 @@ def test_a_damaged_result_or_another_file_is_not_continued(run, tmp_path, capsys
 SOLVED = dict(zip(evaluation.FIGURES, (100, 100, 100, 1, 0), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("env", "tasks", "amount"),
-    [("house", TASKS, [20, 4]), ("scienceworld", ["find-plant", "power-component"], [1, 1])],
-)
-def test_a_player_that_knows_the_solutions_gets_100(
-    env, tasks, amount, checkpoint, tmp_path, monkeypatch, capsys
-):
-    """In ScienceWorld beside the paper's numbers. It replays the environment's own solution."""
+def test_a_player_that_knows_the_solutions_gets_100(checkpoint, tmp_path, monkeypatch):
     load, build = evaluation.load_policy, envs.from_settings
     made = []
 
@@ -320,35 +313,20 @@ def test_a_player_that_knows_the_solutions_gets_100(
         policy = load(*args)
 
         def sample(prompts, uniforms, temperature, lanes):
-            actions = []
             played = [env for env in made if hasattr(env, "steps")]
-            for lane in lanes:
-                action = played[lane].gold_path()[played[lane].steps]
-                actions.append([*policy.encode(action), policy.end_id])
-            return actions, [[0.0]] * len(lanes)
+            actions = [played[lane].gold_path()[played[lane].steps] for lane in lanes]
+            written = [[*policy.encode(action), policy.end_id] for action in actions]
+            return written, [[0.0]] * len(lanes)
 
         policy.sample = sample
         return policy
 
     monkeypatch.setattr(evaluation, "load_policy", knowing)
     monkeypatch.setattr(envs, "from_settings", lambda s: made.append(build(s)) or made[-1])
-    command = ["--model", checkpoint, "--tasks", *tasks, "--out", tmp_path / "solved.json"]
-    if env == "scienceworld":
-        command += ["--variations", amount[0], "--episodes", amount[1]]
-    result = evaluate(*command, "--", "--env", env)
-    assert [{f: p[f] for f in SOLVED} for p in result["parts"]] == [SOLVED] * len(tasks)
-    assert all([p["variations"], p["episodes"]] == [amount[0], np.prod(amount)]
-               for p in result["parts"])  # fmt: skip
-    printed = capsys.readouterr().out
-    assert ("paper" in printed) == (env == "scienceworld")
-    if env == "scienceworld":
-        head = printed.splitlines()[0]
-        assert "environment scienceworld 1.2.3" in head and "'find-plant': 30" in head
-        rows = table_of(printed)
-        assert [name for name in rows if name in paper.TABLE_1] == list(paper.TABLE_1)
-        assert rows["find-plant"][3:8] == ["100.00", "100.00", "100.00", "1.00", "0.00"]
-        assert rows["find-plant"][8:] == ["-47.10", "15.10", "23.00", "46.20", "100.00"]
-        assert rows["chemistry-mix"][:8] == ["missing"] * 8
+    command = ["--model", checkpoint, "--tasks", *TASKS, "--out", tmp_path / "solved.json"]
+    result = evaluate(*command, "--", "--env", "house")
+    assert [{f: p[f] for f in SOLVED} for p in result["parts"]] == [SOLVED] * 6
+    assert all(p["variations"] == 20 and p["episodes"] == 80 for p in result["parts"])
 
 
 def table_of(printed):
@@ -360,19 +338,26 @@ def table_of(printed):
     }
 
 
-def shown(tmp_path, capsys, **what):
+def shown(tmp_path, capsys, task, model="m", **other):
     """What is printed of one part."""
-    part = dict.fromkeys(["episodes", "turns", "memory_turns"], 4) | SOLVED | {"trial": 0}
-    part |= {"task": what["tasks"][0], "mean": 62.5, "share_100": 0.25}
-    evaluation.show(
-        {"protocol": "id", "model": "m", "settings": {}} | what, [part], tmp_path / "picture.png"
-    )
+    part = dict.fromkeys(["episodes", "turns", "memory_turns"], 4) | SOLVED
+    part |= {"task": task, "trial": 0, "mean": 62.5, "share_100": 0.25}
+    protocol = {"protocol": "id", "model": model, "tasks": [task], "settings": {}} | other
+    evaluation.show(protocol, [part], tmp_path / "picture.png")
     return capsys.readouterr().out
 
 
-def test_a_stand_in_never_stands_beside_the_paper(tmp_path, capsys):
-    printed = shown(tmp_path, capsys, model="standin", tasks=["find-plant"])
+def test_the_papers_numbers_stand_beside_those_of_a_real_model_only(tmp_path, capsys):
+    rows = table_of(shown(tmp_path, capsys, "find-plant"))
+    assert [name for name in rows if name in paper.TABLE_1] == list(paper.TABLE_1)
+    assert rows["find-plant"][3:8] == ["62.50", "100.00", "100.00", "0.25", "0.00"]
+    assert rows["find-plant"][8:] == ["-47.10", "15.10", "23.00", "46.20", "100.00"]
+    assert rows["chemistry-mix"][:8] == ["missing"] * 8
+    printed = shown(tmp_path, capsys, "find-plant", model="standin")
     assert "find-plant (stand-in)" in printed and "paper" not in printed
+    means = [sum(column) / 18 for column in zip(*paper.TABLE_1.values(), strict=True)]
+    assert means == pytest.approx([-61.4, 17.1, 33.8, 33.2, 75.9], abs=0.06)
+    assert set(paper.OOD) < set(paper.TABLE_1) and len(paper.TABLE_1) == 18
 
 
 @pytest.mark.parametrize("data", ["synthetic", "small", "full"])
@@ -384,7 +369,7 @@ def test_webshop_stands_beside_the_paper_only_with_the_full_data(
     if data == "full":
         monkeypatch.setattr(WebShop, "FULL_PRODUCTS", 1000)
     version = make("webshop", data="" if data == "synthetic" else tmp_path).VERSION
-    printed = shown(tmp_path, capsys, tasks=["webshop"], environment=version)
+    printed = shown(tmp_path, capsys, "webshop", environment=version)
     table = printed.split("\n\n")[1]
     rows = table_of(table)
     assert rows[f"here: {version}"] == ["62.50", "25.00"]
@@ -392,12 +377,6 @@ def test_webshop_stands_beside_the_paper_only_with_the_full_data(
     assert ("compare to none" in table) == (data != "full")
     if data == "full":
         assert rows["paper: EMPO²"] == ["88.30", "76.90"]
-
-
-def test_the_papers_numbers():
-    means = [sum(column) / 18 for column in zip(*paper.TABLE_1.values(), strict=True)]
-    assert means == pytest.approx([-61.4, 17.1, 33.8, 33.2, 75.9], abs=0.06)
-    assert set(paper.OOD) < set(paper.TABLE_1) and len(paper.TABLE_1) == 18
 
 
 # --- Playing --------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import accelerate.tracking
 import numpy as np
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker
 from conftest import AS_ON_A_GPU, ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -415,51 +414,33 @@ def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
     assert logs.why_idle([unheard] * 2, s).startswith("none of the last 2 actions was understood")
 
 
-def test_metrics_reach_a_tracker(tmp_path, monkeypatch):
-    """--report-to through accelerate, with a tracker in the place of tensorboard."""
-
-    class Tracker(GeneralTracker):
-        name = "fake"
-        requires_logging_directory = True
-        tracker = None
-        logged = []
-
-        def __init__(self, run_name, logging_dir):
-            super().__init__()
-
-        def store_init_configuration(self, values):
-            assert values["lora_r"] == 2
-
-        def log(self, values, step, **_):
-            self.logged.append((step, sorted(values)))
-
-    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "fake", Tracker)
-    assert logs.make_trackers(settings.Settings(), tmp_path).trackers == []
-    short = ["--iterations", 1, "--eval-every", 1, "--eval-episodes", 1, "--report-to", "fake"]
-    assert start(tmp_path, *short) == 0
-    steps = [(step, "approx_kl" in names) for step, names in Tracker.logged]
-    assert (0, True) in steps and (0, ["eval_score"]) in Tracker.logged
-    assert (1, ["eval_success"]) in Tracker.logged
-
-
-def test_a_resume_goes_on_with_its_wandb_run(tmp_path, monkeypatch):
+def test_metrics_reach_a_tracker_and_a_resume_goes_on_with_its_run(tmp_path, monkeypatch):
     """With a module in the place of wandb."""
-    opened, logged = [], []
+    opened, logged, config = [], [], {}
 
     def init(**options):
         opened.append(options)
-        return SimpleNamespace(log=lambda values, step: logged.append(step), finish=lambda: None)
+        return SimpleNamespace(
+            log=lambda values, step: logged.append((step, sorted(values))), finish=lambda: None
+        )
 
-    fake = SimpleNamespace(init=init, config=SimpleNamespace(update=lambda *_, **__: None))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    told = SimpleNamespace(update=lambda values, **_: config.update(values))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, config=told))
     there = [accelerate.utils.LoggerType.WANDB]
     monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: there)
+    assert logs.make_trackers(settings.Settings(), tmp_path).trackers == []
+    short = ["--report-to", "wandb", "--iterations", 1, "--eval-every", 1, "--eval-episodes", 1]
     for name in "ab":
-        assert start(tmp_path / name, "--report-to", "wandb", "--iterations", 1) == 0
+        assert start(tmp_path / name, *short) == 0
+    assert config["lora_r"] == 2 and config["tasks"] == "['radio', 'fan']"
+    steps = [(step, "approx_kl" in names) for step, names in logged]
+    assert (0, True) in steps and (0, ["eval_score"]) in logged and (1, ["eval_success"]) in logged
+    logged.clear()
     assert start(tmp_path / "a", "--resume", "--iterations", 2) == 0
+    assert {step for step, _ in logged} == {1, 2}
     a, b, again = opened
     assert a == again and a["id"] != b["id"] and a["resume"] == "allow"
-    assert a["dir"] == str(tmp_path / "a") and logged == [0, 0, 1]
+    assert a["dir"] == str(tmp_path / "a")
 
 
 # --- The base model -------------------------------------------------------------------------------
