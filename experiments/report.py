@@ -54,8 +54,6 @@ def measure(run_dir, task):
     """The cell of a run and one of its tasks; what it cost is that of the whole run."""
     evals = runs.records(run_dir / "evals.jsonl")
     metrics = runs.records(run_dir / "metrics.jsonl")
-    state = f"{len(metrics)} iterations" if metrics else "missing"
-    state = "finished" if finished(run_dir) else state
     curve = []
     for line in evals:
         if task not in line["tasks"]:  # simulator faults lost all its episodes
@@ -63,6 +61,9 @@ def measure(run_dir, task):
         figures = line["tasks"][task]
         point = {"iteration": line["iteration"], "episodes": line["training_episodes"]}
         curve.append(point | {name: figures[key] for name, key in FIGURES.items()})
+    state = f"{len(metrics)} iterations" if metrics else "missing"
+    if finished(run_dir) and any(point["iteration"] for point in curve):
+        state = "finished"
     seconds = sum(line["seconds"] for line in evals)
     seconds += sum(line["seconds_training"] for line in evals[-1:])
     costs = {
@@ -229,7 +230,8 @@ def draw_curves(path, results, what, title):
         values = of_seeds(row, what)
         panel.plot(episodes, means(row, what), marker=".", clip_on=False)
         panel.fill_between(episodes, list(map(min, values)), list(map(max, values)), alpha=0.25)
-        panel.set_title(preset + of_how_many(row.values()), fontsize="small")
+        name = preset.replace(",", "\n")  # with --grid it may be long
+        panel.set_title(name + of_how_many(row.values()), fontsize="small")
     panels[0].set_ylim((0, 1) if what == "success" else (-100, 100))
     figure.suptitle(title)
     figure.supxlabel("training episodes")

@@ -285,7 +285,7 @@ def sweep(args, shared, argv):
             runs.write_json(path, content)
             report.report(args.out, content)
 
-        save()
+        runs.write_json(path, content)
         try:
             run_cells(args.out, cells, args, content["failed"], save)
         finally:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from engine.runs import ROOT
+from engine.plugins import ROOT
 from experiments import peer
 
 

@@ -4,7 +4,6 @@ pytest tests/test_sweep.py
 """
 
 import json
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +14,8 @@ import pytest
 from conftest import ROOT
 
 import train
-from engine import runs
-from experiments import paper, report, sweep
+from engine import paper, runs
+from experiments import report, sweep
 
 # Plays train.py: keeps its arguments, holds the run's lock, waits for the file GO, and evaluates.
 FAKE = """
@@ -59,22 +58,13 @@ def out(tmp_path, monkeypatch):
     """A folder for sweeps of the fake, which ends at once if there is a file GO beside it."""
     (tmp_path / "fake.py").write_text(FAKE.replace('"GO"', repr(str(tmp_path / "GO"))))
     monkeypatch.setattr(sweep, "TRAIN", tmp_path / "fake.py")
+    monkeypatch.setattr(report, "draw_curves", lambda *args: None)  # a second each
     return tmp_path / "out"
 
 
-def command(out, *own, presets=("grpo",), shared=SHARED):
-    return [
-        "--out",
-        str(out),
-        "--tasks",
-        "radio",
-        "--seeds",
-        "0",
-        "--presets",
-        *presets,
-        *own,
-        *shared,
-    ]
+def command(out, *own, presets="grpo", shared=SHARED):
+    options = f"--tasks radio --seeds 0 --presets {presets}"
+    return ["--out", str(out), *options.split(), *own, *shared]
 
 
 def start(out, argv, ignored=()):
@@ -98,23 +88,23 @@ def starts(out, name):
     return [json.loads(line) for line in (out / name / "starts").read_text().splitlines()]
 
 
-def test_a_named_experiment_says_how_long_it_takes(tmp_path, capsys, monkeypatch):
+def cells_of(results):
+    return json.loads((results / "results.json").read_text())["tasks"]["radio"]
+
+
+def test_a_named_experiment_says_how_long_it_takes(out, capsys, monkeypatch):
     """27 runs, two at a time, are 14 rounds."""
-    monkeypatch.setitem(sweep.MINUTES, "laptop", 30)
     monkeypatch.setattr(sweep, "start", mock.Mock(side_effect=KeyboardInterrupt))
-    assert sweep.main(["laptop", "--out", str(tmp_path)]) == 130
+    argv = ["laptop", "--minutes", "30", "--out", str(out)]
+    assert sweep.main(argv) == 130
     assert "27 runs, 27 of them to do, 2 at a time: about 7.0 hours" in capsys.readouterr().out
 
 
 def test_each_run_gets_its_preset_and_is_not_repeated(out, capsys):
     (out.parent / "GO").touch()
-    argv = command(out, "--jobs", "2", presets=["grpo", "empo2"])
-    assert sweep.main(argv) == 0
+    assert sweep.main(command(out, "--jobs", "2", presets="grpo empo2")) == 0
     assert "2 runs, 2 of them to do" in capsys.readouterr().out
-    for preset, memory_prob in (
-        ("grpo", 0.0),
-        ("empo2", 0.5),
-    ):  # a preset goes before what is shared
+    for preset, memory_prob in (("grpo", 0.0), ("empo2", 0.5)):  # a preset overrides what is shared
         (given,) = starts(out, f"radio/{preset}/0")
         settings, _ = train.parse(given)
         assert given.count("--preset") == 1
@@ -123,17 +113,48 @@ def test_each_run_gets_its_preset_and_is_not_repeated(out, capsys):
     assert sweep.main(command(out, "--seeds", "0", "1")) == 0  # one more; what was there stays
     assert "2 runs, 1 of them to do" in capsys.readouterr().out
     assert len(starts(out, "radio/grpo/0")) == len(starts(out, "radio/grpo/1")) == 1
-    presets = json.loads((out / "results.json").read_text())["tasks"]["radio"]
-    states = {preset: [cell["state"] for cell in row.values()] for preset, row in presets.items()}
+    states = {name: [one["state"] for one in row.values()] for name, row in cells_of(out).items()}
     assert states == {"grpo": ["finished", "finished"], "empo2": ["finished", "missing"]}
 
 
-def test_without_tasks_it_takes_those_of_the_environment(out):
+def test_a_grid_is_a_cell_for_each_combination_beside_the_presets(out):
+    """The grid overrides the preset; a / names no folder."""
     (out.parent / "GO").touch()
-    assert sweep.main(["--out", str(out), "--presets", "grpo", "--seeds", "0", *SHARED]) == 0
-    assert {path.name for path in out.iterdir() if path.is_dir()} == {"radio", "fan"}
+    argv = command(out, "--grid", "memory_prob=0.1,0.4", presets="grpo empo2")
+    assert sweep.main([*argv[: -len(SHARED)], "--grid", "embedder=a/b", *SHARED]) == 0
+    for preset in ("grpo", "empo2"):
+        for value in (0.1, 0.4):
+            name = f"{preset},memory_prob={value},embedder=a-b"
+            settings, _ = train.parse(starts(out, f"radio/{name}/0")[0])
+            found = settings.preset, settings.memory_prob, settings.embedder
+            assert found == (preset, value, "a/b")
+            assert cells_of(out)[name]["0"]["success"] == 0.5
+            assert f"| {name} " in (out / "summary.md").read_text()
+    assert len(cells_of(out)) == 4
 
 
+def test_a_file_of_settings_also_one_elsewhere(out, monkeypatch):
+    """It has no tasks: those of the environment; what may change on a resume is read again."""
+    path = out.parent / "mine.yaml"
+    content = "sweep: {seeds: [3], presets: [empo2], out: OUT}\n"
+    content += "env: house\niterations: 4\neval_every: 2\nmax_tips: 3\nmicro_tokens: 4096\n"
+    path.write_text(content.replace("OUT", str(out)))
+    settings, _ = train.parse(["--config", str(path)])
+    assert (settings.max_tips, settings.seed, settings.preset) == (3, 0, "empo2")
+    run_dir = out / "fan" / "empo2" / "3"
+    (run_dir / "checkpoint-0").mkdir(parents=True)
+    (out.parent / "GO").touch()
+    assert sweep.main([str(path)]) == 0
+    resume = ["--resume", "--run-dir", str(run_dir)]
+    assert starts(out, "fan/empo2/3") == [[*resume, "--micro-tokens", "4096"]]
+    args, shared = sweep.parse([str(path), "--", "--max-tips", "5"])
+    sweep.common_settings(args, shared)
+    cells = sweep.make_cells(args, shared)
+    assert set(cells) == {"fan/empo2/3", "radio/empo2/3"}
+    assert train.parse(cells["radio/empo2/3"])[0].max_tips == 5
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_no_run_twice(out, capsys):
     """Its run goes on: the next sweep reports it as taken, and a later one finds it finished."""
     process = start(out, command(out))
@@ -151,6 +172,7 @@ def test_a_killed_sweep_leaves_no_run_twice(out, capsys):
     assert "failed" not in (out / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_signal_that_is_ignored_at_the_start_does_not_stop_a_sweep(out):
     process = start(out, command(out), [signal.SIGHUP, signal.SIGINT])
     process.send_signal(signal.SIGHUP)
@@ -161,8 +183,11 @@ def test_a_signal_that_is_ignored_at_the_start_does_not_stop_a_sweep(out):
 
 @pytest.mark.parametrize(
     "stop, ignored",
-    [(signal.SIGINT, []), (signal.SIGHUP, []), (signal.SIGTERM, [signal.SIGINT])],
-    ids=["ctrl-c", "terminal closed", "in a script's background"],
+    [
+        pytest.param(signal.SIGINT, [], id="ctrl-c"),
+        pytest.param(signal.SIGHUP, [], id="terminal closed", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, [signal.SIGINT], id="background", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_lets_the_runs_save_and_the_same_command_continues(stop, ignored, out):
     process = start(out, command(out), ignored)
@@ -184,43 +209,62 @@ def test_a_failing_run_is_reported_and_the_others_go_on(out):
     assert results["tasks"]["radio"]["grpo"]["0"]["success"] == 0.5
 
 
-def test_bad_input_is_refused_in_one_line(out, capsys):
-    (out.parent / "GO").touch()
-    assert sweep.main(command(out)) == 0
-    capsys.readouterr()
+def test_bad_input_is_refused_in_one_line_before_anything_runs(out, capsys):
+    path = out.parent / "bad.yaml"
+    path.write_text("sweep: [0]\nenv: house\n")
+    grid = ["--env", "house", "--eval-every", "2"]
     for argv, reason in (
-        (command(out, shared=[*SHARED, "--iterations", "5"]), "iterations = 4, not 5"),
-        (command(out, presets=["gpro"]), "grpo"),
-        (command(out, shared=[*SHARED, "--nonsense", "1"]), "nonsense"),
-        (command(out, shared=[*SHARED, "--seed", "1"]), "--seed stands after --"),
+        (command(out, presets="gpro"), "did you mean grpo"),
+        (command(out, shared=[*SHARED, "--nonsense", "1"]), "unknown setting '--nonsense'"),
+        (command(out, shared=[*SHARED, "--seed", "1"]), "--seed is the sweep's own"),
         (command(out, shared=[*SHARED, "--eval-every", "0"]), "add -- --eval-every 5"),
         (command(out, "--jobs", "0"), "--jobs is 0"),
+        (command(out, "--sedes", "0"), "unrecognized arguments: --sedes 0"),
         (["--seeds", "1"], "a folder with --out"),
-        (["laptpo"], "laptop"),
-        (["--out", str(out / "none"), "--report"], "no sweep here"),
+        (["laptpo"], "did you mean laptop"),
+        (["none.yaml"], "none.yaml: is no YAML file of settings"),
+        ([str(path)], "`sweep` must be a mapping"),
+        (command(out, "--grid", "memory_prb=0.1"), "did you mean --memory-prob"),
+        (command(out, "--grid", "memory_prob=0.1,x"), "invalid float value: 'x'"),
+        (command(out, "--grid", "memory_prob=0.1,1.5"), "--memory-prob is 1.5"),
+        (command(out, "--grid", "memory_prob=0.1,"), "invalid float value: ''"),
+        (command(out, "--grid", "memory_prob"), "write each setting once"),
+        (command(out, "--grid", "max_tips=1", "max-tips=2"), "write each setting once"),
+        (command(out, "--grid", "run_dir=a,b"), "--run-dir is the sweep's own"),
+        (command(out, "--grid", "eval_every=0,2", shared=["--", *grid]), "add -- --eval-every 5"),
     ):
-        assert sweep.main(argv) == 2
+        assert sweep.main(argv) == 2, argv
         error = capsys.readouterr().err
         assert error.startswith("sweep: ") and reason in error and error.count("\n") == 1
+    assert not out.exists()
+    (out.parent / "GO").touch()
+    assert sweep.main(command(out)) == 0
+    assert sweep.main(command(out, shared=[*SHARED, "--iterations", "5"])) == 2
+    assert "iterations = 4, not 5" in capsys.readouterr().err
 
 
-def test_the_named_experiments_and_the_commands_of_the_docstring_parse():
-    for name in sweep.EXPERIMENTS:
-        args, shared = sweep.parse([name])
-        for argv in sweep.make_cells(args, shared).values():
-            assert train.parse(argv)[0].eval_every > 0
-    for line in sweep.__doc__.splitlines():
-        if line.startswith("  python"):
-            sweep.parse(shlex.split(line, comments=True)[3:])
+@pytest.mark.parametrize("path", (ROOT / "configs").glob("*.yaml"), ids=lambda path: path.stem)
+def test_the_experiments_are_files_for_both_programs(path):
+    args, shared = sweep.parse([path.stem])
+    common = sweep.common_settings(args, shared)
+    settings, _ = train.parse(["--config", str(path)])
+    assert settings.eval_every > 0 and sorted(settings.tasks) == sorted(args.tasks)
+    assert {name: getattr(settings, name) for name in common.keys() - {"together", "tasks"}} == {
+        name: common[name] for name in common.keys() - {"together", "tasks"}
+    }
+    assert str(args.out) == f"sweeps/{path.stem}"
+
+
+def test_what_comes_later_counts_and_a_preset_before_what_is_shared():
     args, shared = sweep.parse(["laptop", "--seeds", "7", "--", "--iterations", "3"])
-    assert (args.seeds, args.jobs, str(args.out)) == ([7], 2, "sweeps/laptop")
-    cells = sweep.make_cells(args, shared)
-    settings, _ = train.parse(cells["together/mode-turn/7"])
+    assert (args.seeds, args.jobs, args.together) == ([7], 2, True)
+    settings, _ = train.parse(sweep.make_cells(args, shared)["together/mode-turn/7"])
     assert settings.mode_level == "turn" and train.parse(shared)[0].mode_level == "episode"
     assert (settings.iterations, settings.tasks) == (3, ["fan", "radio"])
+    assert sweep.parse(["paper"])[0].tasks == list(paper.TABLE_1)
 
 
-def test_a_sweep_of_real_runs(checkpoint, tmp_path, capsys):
+def test_a_sweep_of_real_runs(checkpoint, tmp_path):
     shared = "--env house --env-options rooms=1 step_limit=2 --group-size 2 --action-tokens 3"
     shared += " --tip-tokens 4 --variations 1 --lora-r 2 --iterations 4 --eval-every 1"
     shared += f" --eval-variations 1 --eval-episodes 2 --model {checkpoint}"
@@ -230,7 +274,6 @@ def test_a_sweep_of_real_runs(checkpoint, tmp_path, capsys):
     cells = json.loads((tmp_path / "results.json").read_text())["tasks"]
     assert list(cells) == ["mean of 2 tasks", "radio", "fan"]
     assert [line["iteration"] for line in runs.records(folder / "metrics.jsonl")] == [0, 1, 2, 3]
-    assert "together/empo2/0: 0.0 at " in capsys.readouterr().err, "how far it is"
     for cell in (row["empo2"]["0"] for row in cells.values()):
         assert (cell["state"], cell["episodes"]) == ("finished", 8)
         assert [point["episodes"] for point in cell["curve"]] == [0, 2, 4, 6, 8]
@@ -261,7 +304,7 @@ def write_report(out, model):
     return (out / "summary.md").read_text()
 
 
-def cells_of(line):
+def entries(line):
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
@@ -275,16 +318,14 @@ def test_the_report(tmp_path):
     runs.append(tmp_path / "find-plant/empo2/0/evals.jsonl", [lost | {"tasks": {}}])
     text = write_report(tmp_path, "a/model")
     _, summary, beside = text.split("\n## ")
-    grpo, empo2 = [
-        cells_of(line) for line in summary.splitlines() if line[:5] in ("| grp", "| emp")
-    ]
+    grpo, empo2 = [entries(line) for line in summary.splitlines() if line[:5] in ("| grp", "| emp")]
     assert grpo[1:5] == ["0.300", "0.600", "0.450", "0.300"]
     assert grpo[5:9] == ["45.0", "46.0", "47.0", "0.23"], "the rest of the paper's five figures"
     assert grpo[9:] == ["3.0", "32", "8"], "minutes, episodes, solved"
     assert empo2[1:4] == ["0.300 (2 iterations)", "missing", "missing"]
     assert "Band: from the lowest to the highest" in text and "seeds 0, 1" in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    rows = [cells_of(line) for line in beside.splitlines() if line.startswith("| ")]
+    rows = [entries(line) for line in beside.splitlines() if line.startswith("| ")]
     assert rows[0][:4] == ["task", "grpo", "empo2", "paper: base"]
     assert [row[0] for row in rows[2:]] == list(paper.TABLE_1)
     assert [
@@ -304,7 +345,7 @@ def test_a_stand_in_does_not_stand_beside_the_paper(model, tmp_path):
 def test_a_table_has_means_over_what_is_there():
     columns = ["episodes", "mean"]
     rows = {"find-plant": [4, 10.0], "use-thermometer": [4, 30.0], "mine": [1, None]}
-    lines = {cells_of(line)[0]: cells_of(line)[1:] for line in report.table(columns, rows)}
+    lines = {entries(line)[0]: entries(line)[1:] for line in report.table(columns, rows)}
     assert list(lines)[2:] == [*paper.TABLE_1, "mine", "mean of 2 rows"]
     assert lines["mine"] == ["1", "missing"] + ["-"] * 5
     assert lines["mean of 2 rows"] == ["", "20.00", "-65.40", "8.00", "27.75", "26.90", "91.35"]

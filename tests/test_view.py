@@ -21,48 +21,19 @@ BAD = "<b>&amp;</b></pre></details><script>x</script>\"' \x1b[31m\r\x07 \u202e \
 SHOWN = BAD[: BAD.index("\x1b")] + r"\x1b[31m\r\x07 \u202e \x00 \u2028 \x85 \x9b"
 
 
-def turn(mode="plain", update="on-policy", tips=(), **more):
-    return {
-        "observation": "a kitchen\n\ta box",
-        "tips": list(tips),
-        "tips_left_out": 0,
-        "written": "open box",
-        "action": "open box",
-        "action_cut": False,
-        "next_observation": "opened",
-        "reward": 3.0,
-        "novelty": 0.25,
-        "advantage": -0.5,
-        "tokens": 4,
-        "mode": mode,
-        "update": update,
-        **more,
-    }
-
-
-def episode(iteration=0, task="radio", score=0.0, **more):
-    return {
-        "iteration": iteration,
-        "task": task,
-        "variation": 0,
-        "group": 0,
-        "member": 0,
-        "score": score,
-        "return": 3.25,
-        "ended": "step limit",
-        "tip": "look in the box",
-        "tip_cut": False,
-        "task_text": "find it",
-        "turns": [turn()],
-        **more,
-    }
-
-
+TURN = {"observation": "a kitchen\n\ta box", "tips": [], "tips_left_out": 0, "written": "open box",
+        "action": "open box", "action_cut": False, "next_observation": "opened", "reward": 3.0,
+        "novelty": 0.25, "advantage": -0.5, "tokens": 4, "mode": "plain",
+        "update": "on-policy"}  # fmt: skip
+EPISODE = {"iteration": 0, "task": "radio", "variation": 0, "group": 0, "member": 0, "score": 0.0,
+           "return": 3.25, "ended": "step limit", "tip": "look in the box", "tip_cut": False,
+           "task_text": "find it", "turns": [TURN]}  # fmt: skip
 # Numbers 1 to 9: in each iteration scores 0, 50 and -100, with better returns in later ones.
 NINE = []
 for iteration in range(3):
     for task, score in (("radio", 0.0), ("fan", 50.0), ("radio", -100.0)):
-        NINE.append(episode(iteration, task, score, **{"return": iteration}))
+        of_it = {"iteration": iteration, "task": task, "score": score, "return": iteration}
+        NINE.append(EPISODE | of_it)
 
 
 @pytest.fixture
@@ -81,12 +52,11 @@ def shown(capsys, *argv):
 
 
 def test_modes_tips_and_figures(run, capsys):
-    turns = [
-        turn(written="so: open box"),
-        turn("memory", "on-policy", ["tip A", "tip B"], tips_left_out=2),
-        turn("memory", "off-policy", ["tip B", "tip C"], action_cut=True, advantage=1.25),
-    ]
-    out = shown(capsys, run([episode(turns=turns)]))
+    memory = {"mode": "memory", "tips": ["tip A", "tip B"], "tips_left_out": 2}
+    off = {"update": "off-policy", "tips": ["tip B", "tip C"], "tips_left_out": 0}
+    off |= {"action_cut": True, "advantage": 1.25}
+    turns = [TURN | {"written": "so: open box"}, TURN | memory, TURN | memory | off]
+    out = shown(capsys, run([EPISODE | {"turns": turns}]))
     for text in (
         "radio/0 · group 0 · score 0.0 · return 3.25 · 3 turns, 2 with tips · ended step limit",
         "turn 1 · plain · on-policy · 4 tokens · reward 3.0 · novelty 0.25 · advantage -0.5",
@@ -129,34 +99,31 @@ def test_filters(run, capsys, filters, wanted):
 def test_hostile_text_is_shown_as_text(run, capsys, tmp_path):
     """It ends no element and moves no cursor, wherever text of a model or a world stands."""
     texts = {"observation": "\n" + BAD, "written": BAD, "action": BAD, "next_observation": BAD}
-    turns = [turn(tips=[BAD], **texts)]
-    bad = episode(task=BAD, ended=BAD, tip=BAD, task_text=BAD, turns=turns)
+    bad = EPISODE | dict.fromkeys(("task", "ended", "tip", "task_text"), BAD)
+    bad |= {"turns": [TURN | texts | {"tips": [BAD]}]}
     out = shown(capsys, run([bad]))
     assert out.count(SHOWN) == 8
     pages = []
-    for e in (bad, episode(turns=[turn(tips=["tip"])])):
-        shown(capsys, run([e]), "--html", str(tmp_path / "page.html"), "--force")
-        pages.append((tmp_path / "page.html").read_text(encoding="utf-8"))
+    for name, e in (("bad", bad), ("good", EPISODE | {"turns": [TURN | {"tips": ["tip"]}]})):
+        shown(capsys, run([e]), "--html", str(tmp_path / name))
+        pages.append((tmp_path / name).read_text(encoding="utf-8"))
     tags = [re.findall("<[^>]*>", text) for text in pages]
     assert '<pre class="text">\n\n&lt;b' in pages[0], "its empty first line survives"
     assert tags[0] == tags[1] and pages[0].count(html.escape(SHOWN)) == 8
     assert all(c.isprintable() or c in "\n\t" for c in out + pages[0])
 
 
-def test_a_page_is_not_overwritten_by_accident(run, capsys, tmp_path):
-    argv = [run(NINE), "--html", str(tmp_path / "page.html")]
-    assert "3 of 9" in shown(capsys, *argv)
-    assert view.main(argv) == 2
-    assert "--force" in capsys.readouterr().err
-    shown(capsys, *argv, "--force", "--best", "1")
-    assert (tmp_path / "page.html").read_text().count("<details>") == 1
-
-
 def test_bad_input_is_refused_in_one_line(run, capsys, tmp_path):
+    page = str(tmp_path / "page.html")
+    assert "3 of 9" in shown(capsys, run(NINE), "--html", page)
+    assert (tmp_path / "page.html").read_text().count("<details>") == 3
     for episodes, more, reason in (
-        ([], [], "no episode in this run yet"),
-        (NINE, ["--task", "nope"], "no such episode"),
+        ([], [], "no episode yet in this run"),
+        (NINE, ["--task", "nope"], "no such episode in this run"),
+        (NINE, ["--html", page], "page.html exists"),
         (NINE, ["--html", str(tmp_path / "none" / "page.html")], "No such file or directory"),
+        (NINE, ["--tips"], "is no run with a checkpoint"),
+        (NINE, ["--tips", "--task", "radio"], "leave out --task"),
     ):
         assert view.main([run(episodes), *more]) == 2
         error = capsys.readouterr().err
@@ -166,8 +133,7 @@ def test_bad_input_is_refused_in_one_line(run, capsys, tmp_path):
 
 
 def test_the_commands_of_the_docstring(run, memory, capsys, tmp_path, monkeypatch):
-    episodes = [episode(iteration) for iteration in range(20)]
-    folder = run(episodes)
+    folder = run([EPISODE | {"iteration": iteration} for iteration in range(20)])
     monkeypatch.chdir(tmp_path)
     for line in view.__doc__.splitlines():
         if line.startswith("  python"):
@@ -206,22 +172,24 @@ def test_tips_are_listed_by_slot_as_they_are_retrieved(memory, capsys, tmp_path)
     assert [line.partition("│ ")[2] for line in slot] == [view.visible(tip) for tip in retrieved]
 
 
-def test_a_list_of_tips_that_cannot_be_had_is_one_line(memory, run, capsys, tmp_path, monkeypatch):
-    def refused(*argv):
-        assert view.main([*argv, "--tips"]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        return error
-
-    assert "leave out --task" in refused(str(tmp_path), "--task", "radio")
-    assert "leave out --html" in refused(str(tmp_path), "--html", "page.html")
-    (tmp_path / "checkpoint-10" / "tips.npz").write_bytes(b"no")
-    assert "damaged" in refused(str(tmp_path))
+def test_a_damaged_memory_is_one_line_and_home_is_found(memory, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "new").mkdir()
-    assert f"{tmp_path}/new is no run with a checkpoint" in refused("~/new")
-    TipMemory().save(tmp_path / "checkpoint-10" / "tips.npz")
+    path = tmp_path / "checkpoint-10" / "tips.npz"
+    path.write_bytes(b"no")
+    assert view.main(["~", "--tips"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"view: {path}: damaged") and error.count("\n") == 1
+    TipMemory().save(path)
     assert shown(capsys, "~", "--tips").startswith("0 tips in 0 memories")
+
+
+def test_torch_is_not_loaded(run, memory, tmp_path):
+    """It takes seconds, and a viewer is for a look."""
+    code = "import sys; from experiments import view; view.main(sys.argv[1:]);"
+    code += "assert 'torch' not in sys.modules"
+    for more in ([], ["--tips"]):
+        words = [sys.executable, "-c", code, run(NINE), *more]
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
 
 
 def test_head_does_not_make_it_fail(run):
