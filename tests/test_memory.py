@@ -112,6 +112,7 @@ def test_saved_and_loaded_unchanged_and_damage_is_named(kind, tmp_path):
     assert list(again.slots) == ["s", "t"] and len(again) == len(store) == 5
     for slot, held in again.slots.items():
         saved = store.slots[slot]
+        assert len(held.keys) == len(saved.counts if kind is NoveltyStore else saved.texts)
         if kind is NoveltyStore:
             assert held.counts == saved.counts
         else:
