@@ -54,7 +54,7 @@ import torch
 
 import memory
 from engine import processes
-from engine.packing import micro_batches, pack, visibility
+from engine.packing import micro_batches, pack_rows, visibility
 from rollout import no_progress
 from settings import Settings
 
@@ -89,11 +89,19 @@ class Batch:
     entropy: torch.Tensor | None = None  # of π_θ at each token, in nats, with its gradient
     ref_logp: torch.Tensor | None = None  # under π_ref, if `beta` asks for it
 
+    def action_sum(self, values):
+        """For each token the sum of `values` [B, L] over its action; 0 outside the mask."""
+        index = self.action_of[self.mask]
+        sums = values.new_zeros(len(index)).index_add(0, index, values[self.mask])
+        return torch.zeros_like(values).masked_scatter(self.mask, sums[index])
+
+    def action_length(self):
+        """For each token how many its action has, [B, L]; 1 outside the mask."""
+        return self.action_sum(self.mask.float()).clamp(min=1)
+
     def action_mean(self, values):
         """For each token the mean of `values` [B, L] over its action; 0 outside the mask."""
-        index = self.action_of[self.mask]
-        sums = values.new_zeros(index.max() + 1).index_add(0, index, values[self.mask])
-        return torch.zeros_like(values).masked_scatter(self.mask, (sums / index.bincount())[index])
+        return self.action_sum(values) / self.action_length()
 
 
 # --- The method -----------------------------------------------------------------------------------
@@ -287,15 +295,12 @@ def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
         for batch in micro_batches(rows, s.micro_tokens):
             parts.append(accumulate_gradient(policy, batch, algorithm, denominator))
         processes.add_gradients(policy.trainable())
-        try:
-            norm = torch.nn.utils.clip_grad_norm_(
-                policy.trainable(), s.max_grad_norm, error_if_nonfinite=True
-            )
-        except RuntimeError as error:
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm)
+        if not norm.isfinite():
             raise FloatingPointError(
                 "the gradient is not finite; start another run with a lower --learning-rate or "
                 "with the low-probability mask (--min-prob 0.0067)"
-            ) from error
+            )
         optimizer.step()
         norms.append(norm.item())
     sums = Counter()
@@ -387,20 +392,6 @@ def optimiser_steps(episodes, algorithm, rng):
             pairs = [turn.pair for index in indexes for turn in episodes[index].turns]
             steps.append((processes.share(rows), algorithm.denominator(pairs)))
     return steps
-
-
-def pack_rows(episodes, indexes, s, chosen):
-    """Rows of what `chosen` (a list) names of each pair of some episodes."""
-    packs = {}  # what goes into a row
-    for index in indexes:
-        for t, turn in enumerate(episodes[index].turns):
-            key = index
-            if s.pack == "group":
-                key = episodes[index].job.group
-            elif s.history:  # these prompts share little, and a row of one needs no mask
-                key = (index, t)
-            packs.setdefault(key, []).extend(chosen(turn.pair))
-    return [pack(pairs) for pairs in packs.values() if pairs]
 
 
 def collate(rows, device="cpu"):

@@ -251,14 +251,15 @@ def run_settings(args):
         for file in runs.changed_sources(adapter).values():
             print(f"{file} has changed since the checkpoint; it is used as it is", file=sys.stderr)
     changed = {"rollout_batch": None, "decode_graph": None}  # as this machine can
-    other, _ = settings.parse(args.settings)
+    other, _ = settings.parse(["--algorithm", s.algorithm, *args.settings])
     for option in settings.given(args.settings):
         changed[option] = getattr(other, option)
     for option in ("model", "tasks"):
         if getattr(args, option) is not None:
             changed[option] = getattr(args, option)
     changed |= {"seed": args.seed, "eval_temperature": args.temperature}
-    s = dataclasses.replace(s, **changed)
+    known = {name: value for name, value in vars(s).items() if hasattr(other, name)}
+    s = dataclasses.replace(other, **known | changed)  # of the class that its algorithm needs
     s, _ = hardware.defaults(s, envs.env_class(s.env).DEFAULT_TASKS)
     return s, adapter, state
 

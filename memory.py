@@ -5,18 +5,17 @@ unit vectors made by an embedder, so that cosine similarity is a matrix product.
 scikit-learn only.
 """
 
-import json
-import os
 from dataclasses import dataclass
-from zipfile import BadZipFile
 
 import numpy as np
+
+from engine.storage import read, write
 
 ROUNDING = 1e-6  # a float32 unit vector times itself may be 0.9999999
 
 
 def with_room(keys, count):
-    """`keys` [room, d] with room for one more than `count`; doubled, so that filling is linear."""
+    """`keys` [room, d] with room for one more than `count`: doubled when full."""
     if count < len(keys):
         return keys
     return np.vstack([keys, np.zeros((count + 1, keys.shape[1]), np.float32)])
@@ -30,7 +29,7 @@ class TipSlot:
     texts: list[str]
     scores: list[float]
     totals: list[float]  # the sum of the scores of the episodes that wrote a tip or were shown it
-    trials: list[int]  # how many these are
+    trials: list[int]  # the number of these episodes
 
 
 def best_first(slot, similarity, threshold=0.5, max_tips=10, rank="score"):
@@ -69,28 +68,28 @@ class TipMemory:
         """
         if slot not in self.slots:
             self.slots[slot] = TipSlot(np.empty((0, len(key)), np.float32), [], [], [], [])
-        held = self.slots[slot]
-        if text in held.texts:
+        stored = self.slots[slot]
+        if text in stored.texts:
             self.judge([text], score, slot)
             return
-        if len(held.texts) == self.capacity:  # the oldest goes
-            held.keys[: self.capacity - 1] = held.keys[1 : self.capacity]
-            del held.texts[0], held.scores[0], held.totals[0], held.trials[0]
-        held.keys = with_room(held.keys, len(held.texts))
-        held.keys[len(held.texts)] = key
-        held.texts.append(text)
-        held.scores.append(float(score))
-        held.totals.append(float(score))
-        held.trials.append(1)
+        if len(stored.texts) == self.capacity:  # the oldest goes
+            stored.keys[: self.capacity - 1] = stored.keys[1 : self.capacity]
+            del stored.texts[0], stored.scores[0], stored.totals[0], stored.trials[0]
+        stored.keys = with_room(stored.keys, len(stored.texts))
+        stored.keys[len(stored.texts)] = key
+        stored.texts.append(text)
+        stored.scores.append(float(score))
+        stored.totals.append(float(score))
+        stored.trials.append(1)
 
     def judge(self, texts, score, slot):
-        """An episode that was shown these tips of the slot ended with this score."""
+        """Count the score of an episode that was shown these tips of the slot."""
         for text in texts:
-            held = self.slots[slot]
-            if text in held.texts:
-                index = held.texts.index(text)
-                held.totals[index] += score
-                held.trials[index] += 1
+            stored = self.slots[slot]
+            if text in stored.texts:
+                index = stored.texts.index(text)
+                stored.totals[index] += score
+                stored.trials[index] += 1
 
     def retrieve(self, key, slot):
         """Texts of the tips of the slot for `key` [d], best first.
@@ -103,9 +102,9 @@ class TipMemory:
         """
         if slot not in self.slots:
             return []
-        held = self.slots[slot]
-        similarity = held.keys[: len(held.texts)] @ np.float32(key)  # [n]
-        return [held.texts[i] for i in self.order(held, similarity)]
+        stored = self.slots[slot]
+        similarity = stored.keys[: len(stored.texts)] @ np.float32(key)  # [n]
+        return [stored.texts[i] for i in self.order(stored, similarity)]
 
     def save(self, path):
         """Write the content to a .npz file."""
@@ -128,17 +127,17 @@ class StateSlot:
     """Distinct states."""
 
     keys: np.ndarray  # [room, d] float32, of which the first len(counts) are used
-    counts: list[int]  # how often each was met
+    counts: list[int]  # visits of each
 
     def visit(self, key, threshold, capacity):
-        """Count a visit to the state `key` [d] -> how often it has been met now.
+        """Count a visit to the state `key` [d] -> its visits so far.
 
-        It counts for the most similar state, if that is similar enough; else it is a new one.
-        Beyond the capacity a new one takes the place of that met least, the oldest of equals.
+        The visit goes to the most similar known state at or above the threshold, else to a new one.
+        At capacity the least visited state is replaced (ties: the oldest).
         """
         keys = self.keys[: len(self.counts)]
         similarity = keys @ key  # [m]
-        if not key.any():  # a text without words is like nothing but another such text
+        if not key.any():  # a text without words resembles only another one
             similarity = 1.0 - keys.any(axis=1)
         if len(similarity) and similarity.max() >= threshold - ROUNDING:
             index = int(similarity.argmax())
@@ -156,7 +155,7 @@ class StateSlot:
 
 
 class NoveltyStore:
-    """Distinct states and how often each was met.
+    """Distinct states and the visits of each.
 
     threshold: cosine similarity from which two states count as the same. capacity: states per slot.
     """
@@ -181,8 +180,8 @@ class NoveltyStore:
         """
         scratch = StateSlot(np.zeros((0, len(keys[0])), np.float32), [])
         if slot in self.slots:
-            held = self.slots[slot]
-            scratch = StateSlot(held.keys[: len(held.counts)].copy(), list(held.counts))
+            stored = self.slots[slot]
+            scratch = StateSlot(stored.keys[: len(stored.counts)].copy(), list(stored.counts))
         return [scratch.visit(key, self.threshold, self.capacity) for key in np.float32(keys)]
 
     def add(self, keys, slot):
@@ -200,34 +199,6 @@ class NoveltyStore:
     def load(self, path):
         """Replace the content by that of a file. Raises ValueError if it is damaged."""
         self.slots = {name: StateSlot(keys, counts) for name, keys, counts in read(path)}
-
-
-def write(path, keys, rest):
-    """One .npz without pickle: the keys of all slots one after another, and the rest as JSON."""
-    meta = [[name, len(slot_keys), rest[name]] for name, slot_keys in keys.items()]
-    stacked = np.vstack(list(keys.values())) if keys else np.empty((0, 0), np.float32)
-    with open(f"{path}.tmp", "wb") as file:
-        blob = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-        np.savez_compressed(file, keys=stacked, meta=blob)
-    os.replace(f"{path}.tmp", path)  # a reader never sees half a file
-
-
-def read(path):
-    """[(slot, keys [n, d], rest)] of a file that `write` made."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            stacked = file["keys"]
-            meta = json.loads(file["meta"].tobytes())
-        slots = []
-        first = 0
-        for name, count, rest in meta:
-            slots.append((name, stacked[first : first + count], rest))
-            first += count
-        if first != len(stacked):
-            raise ValueError("its parts do not fit together")
-        return slots
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path}: damaged or missing memory file ({error})") from error
 
 
 def embedder(name="hashing"):

@@ -18,7 +18,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-# Said to every user without a GPU, and nothing that a user could act on.
+# Shown to every user without a GPU, who can do nothing about it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # peft imports it
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
@@ -28,13 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 from engine import weights
 from engine.cache import DialogueCache
+from engine.chat import END_OF_THOUGHT, chat_format
 from engine.decode import CudaGraphs, FusedAdapter, decode
-from engine.errors import first_line
 from engine.hardware import find_place
 
 ROOT = Path(__file__).parent
 END_OF_TURN = "<|im_end|>"
-END_OF_THOUGHT = "</think>"
+OPTIONS = "load_in_4bit gradient_checkpointing decode_graph lora_r lora_alpha seed".split()
 HEAD_CHUNK = 256  # action tokens whose [vocab] logits exist at the same time
 
 
@@ -144,7 +144,7 @@ class Policy:
         """Sample one continuation of each prompt.
 
         prompts: B lists of ids, any lengths. uniforms: [B, n] numbers in [0, 1), one for each token
-        that may be sampled: the same numbers give the same tokens, whoever is sampled beside.
+        that may be sampled: the same numbers give the same tokens, regardless of the other prompts.
         temperature: 0 = greedy. lanes: the number of each one's dialogue in the key-value cache;
         what a prompt shares with what its dialogue holds is not computed again. None: nothing is
         kept.
@@ -207,7 +207,7 @@ class Policy:
         self.model.train(torch.is_grad_enabled())  # where checkpointing saves memory
         base = self.model.get_base_model()
         adapter = self.model.disable_adapter() if reference else nullcontext()
-        # Padding on the right needs no mask: causality alone keeps it from all that counts.
+        # Padding on the right needs no mask: causal attention never looks at it.
         attention_mask = None if visible is None else visible[:, None]
         with self.autocast(), adapter:
             hidden = base.model(
@@ -228,7 +228,7 @@ class Policy:
             entropies = []
             chunks = zip(before.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
             for states, target in chunks:
-                if torch.is_grad_enabled():  # the logits are made again in the backward pass
+                if torch.is_grad_enabled():  # the backward pass recomputes the logits
                     logp, entropy = checkpoint(head, states, target, use_reentrant=False)
                 else:
                     logp, entropy = head(states, target)
@@ -260,7 +260,7 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def fingerprint(self):
-        """Checksum of the tokenizer: with another one the same text is other ids."""
+        """Checksum of the tokenizer, which decides what ids a text has."""
         parts = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return hashlib.sha256(repr((*parts, self.stop_ids)).encode()).hexdigest()
 
@@ -279,68 +279,7 @@ def inverse_cdf(logp, uniform):
     cdf = logp.double().exp().cumsum(-1)  # fp64: 150,000 roundings would show in fp32
     uniform = uniform[:, None].double() * cdf[:, -1:]
     token = torch.searchsorted(cdf, uniform, right=True)[:, 0]
-    return token.clamp(max=logp.shape[1] - 1)  # for NaN, which is told later: no wait here
-
-
-def chat_format(policy):
-    """(ids that open a turn to be written, does the template drop the thoughts of past turns?)
-
-    Both are read from the tokenizer's own template. The rest must be ChatML, else the model would
-    see a format that it was not trained on: ValueError. To use a model with another format, change
-    `Policy.message` and `Policy.past` until this function accepts it.
-    """
-    turns = [
-        ("system", "Be brief."),
-        ("user", "A room."),
-        ("assistant", "look around"),
-        ("user", "A hall.\n"),
-        ("user", "\nTips:\n1. go on\n\n"),
-        ("assistant", "<think>\nIt is dark.\n</think>\n\ngo to hall"),
-        ("user", "x"),
-    ]
-    name = policy.tokenizer.name_or_path
-
-    def template(to_be_continued):
-        try:
-            return policy.tokenizer.apply_chat_template(
-                [{"role": role, "content": text} for role, text in turns],
-                add_generation_prompt=to_be_continued,
-                enable_thinking=False,  # Qwen3's; others do not ask
-                tokenize=True,
-                return_dict=False,
-            )
-        except Exception as error:  # a damaged template raises whatever its code leads to
-            raise ValueError(
-                f"{name}: the tokenizer has no chat template that works "
-                f"({first_line(error)}); use an instruction-tuned Qwen2/2.5/3"
-            ) from error
-
-    def ours(drops_thoughts):
-        policy.drops_thoughts = drops_thoughts
-        ids = []
-        for role, text in turns:
-            if role == "assistant":
-                ids += policy.past([*policy.encode(text), policy.end_id])
-            else:
-                ids += policy.message(role, text)
-        return ids
-
-    if policy.tokenizer.decode(policy.encode("look around")) != "look around":
-        raise ValueError(f"{name}: its tokenizer loses text; is tokenizer.json there?")
-    past = template(False)
-    header = template(True)[len(past) :]
-    opening = policy.tokenizer.decode(header)
-    if opening.count("<think>") > opening.count(END_OF_THOUGHT):
-        raise ValueError(f"{name} always thinks before it answers; use its Instruct version")
-    for drops_thoughts in (False, True):
-        if ours(drops_thoughts) + header == template(True) and opening.startswith(
-            policy.tokenizer.decode(policy.past_header)
-        ):
-            return header, drops_thoughts
-    raise ValueError(
-        f"{name}: its chat template is not the ChatML of Qwen2/2.5/3 Instruct "
-        "(system, user, assistant between <|im_start|> and <|im_end|>); choose such a model"
-    )
+    return token.clamp(max=logp.shape[1] - 1)  # NaN: `sample` reports it
 
 
 def load_policy(s, adapter=None):
@@ -363,12 +302,7 @@ def load_policy(s, adapter=None):
             adapter=adapter,
             device=find_place().device,
             dtype=s.dtype or "float32",
-            load_in_4bit=s.load_in_4bit,
-            gradient_checkpointing=s.gradient_checkpointing,
-            decode_graph=s.decode_graph,
-            lora_r=s.lora_r,
-            lora_alpha=s.lora_alpha,
-            seed=s.seed,
+            **{name: getattr(s, name) for name in OPTIONS},
         )
     except ValueError as error:
         if adapter and str(error).startswith((name, str(adapter))):

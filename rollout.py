@@ -7,12 +7,12 @@ environments, the memory and the algorithm (`empo2.Algorithm`), and imports none
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import numpy as np
 
 from engine import processes
+from engine.simulators import load, side_by_side
 
 
 # --- What flows through ---------------------------------------------------------------------------
@@ -143,9 +143,7 @@ def rollout(
         progress("rollout", "loading")
         live = []
         openings = side_by_side(load, envs, jobs[first : first + len(envs)], env_fault)
-        for env, job, own_rng, opening in zip(
-            envs, jobs[first:], rngs[first:], openings, strict=False
-        ):
+        for env, job, own_rng, opening in zip(envs, jobs[first:], rngs[first:], openings):
             playing = begin(policy, env, job, own_rng, len(live), opening, s.history)
             playing.memory_mode = batch_mode
             if s.mode_level == "episode":
@@ -165,38 +163,6 @@ def rollout(
 def gather(episodes):
     """The episodes that all processes have played, in the jobs' order."""
     return sorted(processes.gather(episodes), key=lambda e: (e.job.group, e.job.member))
-
-
-def side_by_side(call, envs, arguments, env_fault):
-    """[call(env, argument, env_fault)]: at once for different workers, in this order for one."""
-    queues = {}
-    for index, env in enumerate(envs[: len(arguments)]):
-        queues.setdefault(env.worker, []).append(index)
-    results = {}
-
-    def work(queue):
-        for index in queue:
-            results[index] = call(envs[index], arguments[index], env_fault)
-
-    if len(queues) > 1:
-        with ThreadPool(len(queues)) as pool:  # its threads do not hold up the end of the program
-            pool.map(work, queues.values())
-    else:
-        for queue in queues.values():
-            work(queue)
-    return [results[index] for index in range(len(arguments))]
-
-
-def load(env, job, env_fault):
-    """Reset the environment; a few tries, as a simulator may have to be built anew."""
-    for attempt in range(1, 6):
-        try:
-            return env.reset(job.task, job.variation)
-        except env_fault as fault:
-            if attempt == 5:
-                raise RuntimeError(
-                    f"the simulator failed to start five times in a row: {fault}"
-                ) from fault
 
 
 def begin(policy, env, job, rng, lane, opening, history=0):

@@ -16,6 +16,8 @@ from transformers import HfArgumentParser
 from engine.errors import first_line, unknown
 from engine.plugins import find_class
 
+QWEN = "Qwen/Qwen2.5-7B-Instruct"
+
 
 def setting(default, text, **options):
     """A field of `Settings`: its default and its line in --help."""
@@ -23,6 +25,11 @@ def setting(default, text, **options):
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def switch(text):
+    """A field that is true, false, or decided by the hardware."""
+    return setting(None, text, nargs="?", const=True)
 
 
 @dataclass
@@ -34,95 +41,77 @@ class Settings:
 
     # What is run
     config: str | None = setting(None, "YAML file of settings, such as configs/stages.yaml")
-    preset: str = setting(
-        "empo2", "named settings, such as grpo; they override --config, explicit flags both"
-    )
-    algorithm: str = setting(
-        "empo2", "empo2, a file of algorithms/ such as gspo, or path/to/file.py (docs/forks.md)"
-    )
+    preset: str = setting("empo2", "named settings; they override --config, explicit flags both")
+    algorithm: str = setting("empo2", "a file of algorithms/, or path/to/file.py (docs/forks.md)")
     env: str = setting("scienceworld", "scienceworld, house, webshop, or path/to/file.py")
     tasks: list[str] = setting([], "names of the tasks to train on [the environment's own choice]")
-    variations: int | None = setting(
-        None, "training variations of each task [5 on a GPU, 2 without]"
-    )
-    iterations: int | None = setting(None, "number of iterations [200 on a GPU, 10 without]")
+    variations: int | None = setting(None, "training variations per task [GPU: 5, CPU: 2]")
+    iterations: int | None = setting(None, "number of iterations [GPU: 200, CPU: 10]")
     step_limit: int | None = setting(None, "actions per episode [the environment's, by task]")
     env_options: list[str] = setting([], "options of the environment, as name=value")
     # Policy
     model: str | None = setting(
-        None, "hub id, folder, standin or smollm2 [Qwen/Qwen2.5-7B-Instruct on a GPU, standin]"
+        None, f"hub id, folder, standin, smollm2 [GPU: {QWEN}, CPU: standin]"
     )
-    dtype: Literal["float32", "bfloat16"] | None = setting(
-        None, "of the frozen weights, and what is computed in [bfloat16 on a GPU, float32 without]"
-    )
-    load_in_4bit: bool | None = setting(None, "NF4 weights [up to 24 GB]", nargs="?", const=True)
-    gradient_checkpointing: bool | None = setting(
-        None, "compute activations twice, keep none [on a GPU]", nargs="?", const=True
-    )
-    decode_graph: bool | None = setting(
-        None, "record the steps of sampling as CUDA graphs [false]", nargs="?", const=True
-    )
+    dtype: Literal["float32", "bfloat16"] | None = setting(None, "[GPU: bfloat16, CPU: float32]")
+    load_in_4bit: bool | None = switch("4-bit (NF4) frozen weights [on cards up to 24 GB]")
+    gradient_checkpointing: bool | None = switch("recompute activations backward [on a GPU]")
+    decode_graph: bool | None = switch("sample with CUDA graphs [false]")
     lora_r: int = setting(16, "rank of the adapter")
     lora_alpha: int = setting(32, "scale of the adapter, over its rank")
     # Rolling out (§4.1)
-    group_size: int = setting(8, "N: episodes of one task, compared with each other")
-    tasks_per_iteration: int | None = setting(
-        None, "B: tasks an iteration [16 on a GPU, 1 without]"
-    )
-    rollout_batch: int | None = setting(None, "episodes played side by side [by the card's memory]")
+    group_size: int = setting(8, "N: episodes of a task, which are compared with each other")
+    tasks_per_iteration: int | None = setting(None, "B: tasks per iteration [GPU: 16, CPU: 1]")
+    rollout_batch: int | None = setting(None, "parallel episodes [by the card's memory]")
     temperature: float = setting(1.0, "of sampling and of the log-probs in the loss")
-    action_tokens: int = setting(32, "longest action")
-    tip_tokens: int = setting(160, "longest tip")
-    context: int = setting(
-        4500, "most tokens of a prompt and the action or tip after it; an episode ends there"
-    )
-    history: int = setting(
-        0, "earlier turns in a prompt, each as observation and action; 0 = the whole dialogue"
-    )
-    memory_prob: float = setting(0.25, "p: probability of prompting with tips; 0 = no memory")
+    action_tokens: int = setting(32, "most tokens of an action")
+    tip_tokens: int = setting(160, "most tokens of a tip")
+    context: int = setting(4500, "most tokens of prompt and answer; the episode ends there")
+    history: int = setting(0, "earlier turns in a prompt; 0 = all, as a dialogue")
+    memory_prob: float = setting(0.25, "p: probability that a turn is prompted with tips; 0 = none")
     mode_level: Literal["turn", "episode", "batch"] = setting(
-        "turn", "[1] granularity of the mode draws"
+        "turn", "[1] modes are drawn for each"
     )
     # Memory (§4.1)
     embedder: str = setting("hashing", "hashing, or sentence-transformers/all-MiniLM-L6-v2 (paper)")
-    max_tips: int = setting(10, "most tips retrieved at a turn")
+    max_tips: int = setting(10, "most tips per turn")
     tip_threshold: float = setting(0.5, "least cosine similarity of a retrieved tip")
-    tip_rank: Literal["score", "similarity"] = setting("score", "[5] which similar tips are shown")
-    memory_key: Literal["state", "task"] = setting("state", "[6] tips are looked up by")
-    memory_scope: Literal["variation", "task", "all"] = setting("variation", "[7] one memory per")
+    tip_rank: Literal["score", "similarity"] = setting("score", "[5] order of the similar tips")
+    memory_key: Literal["state", "task"] = setting("state", "[6] what tips are looked up by")
+    memory_scope: Literal["variation", "task", "all"] = setting(
+        "variation", "[7] a memory for each"
+    )
     memory_capacity: int = setting(1000, "[7] tips per memory, the oldest are dropped")
     novelty_threshold: float = setting(
         0.5, "[4] cosine similarity of states that count as the same"
     )
     intrinsic_coef: float = setting(1.0, "[4] points of return per unit of intrinsic reward")
     # Update (§4.2)
-    offpolicy_prob: float = setting(
-        2 / 3, "q: probability that a memory turn is updated off-policy"
-    )
+    offpolicy_prob: float = setting(2 / 3, "q: probability that a memory turn is off-policy")
     denominator: Literal["no-tips", "tips"] = setting("no-tips", "[2] prompt of π_old, off-policy")
-    learning_rate: float | None = setting(None, "of AdamW, constant [1e-5 on a GPU, 1e-3 without]")
+    learning_rate: float | None = setting(None, "of AdamW, constant [GPU: 1e-5, CPU: 1e-3]")
     minibatch_episodes: int = setting(16, "episodes per optimiser step")
     micro_tokens: int | None = setting(
         None, "padded tokens per forward pass [by the card's memory]"
     )
-    pack: Literal["episode", "group"] = setting(
-        "episode", "whose turns share a prompt's computation; group: for short episodes"
-    )
+    pack: Literal["episode", "group"] = setting("episode", "whose turns share a row of a batch")
     clip_low: float = setting(0.2, "ratio clip 1 - clip_low")
     clip_high: float = setting(0.3, "ratio clip 1 + clip_high")
-    clip_c: float = setting(10.0, "dual clip: for A < 0 the term is at least clip_c * A")
+    clip_c: float = setting(10.0, "[13] dual clip: for A < 0 the term is at least clip_c * A")
     min_prob: float = setting(math.exp(-5), "delta: [3] less likely tokens are masked; 0 = no mask")
     beta: float = setting(0.0, "weight of KL(pi_theta || pi_ref)")
     advantage_eps: float = setting(1e-6, "added to the standard deviation of returns")
-    fixed_std: float = setting(0.0, "points to divide by instead, in every group; 0 = none")
+    fixed_std: float = setting(0.0, "points that replace the standard deviation; 0 = none")
     max_grad_norm: float = setting(1.0, "gradient clip")
     # Tip-free evaluation during training (§5)
-    eval_every: int | None = setting(None, "iterations between; 0 = never [0; no GPU: at the ends]")
-    eval_variations: int | None = setting(None, "test variations of each task [20; no GPU: 4]")
-    eval_episodes: int | None = setting(None, "episodes of each of them [4; no GPU: 2]")
-    eval_temperature: float = setting(0.4, "of their sampling; 0 = greedy")
+    eval_every: int | None = setting(
+        None, "iterations between; 0 = never [GPU: 0, CPU: at the ends]"
+    )
+    eval_variations: int | None = setting(None, "test variations per task [GPU: 20, CPU: 4]")
+    eval_episodes: int | None = setting(None, "episodes per variation [GPU: 4, CPU: 2]")
+    eval_temperature: float = setting(0.4, "temperature of evaluations; 0 = greedy")
     # The run
-    run_dir: str | None = setting(None, "where results go [runs/ENV-TASK-SEED]; a new one")
+    run_dir: str | None = setting(None, "new directory for the results [runs/ENV-TASK-SEED]")
     resume: bool = setting(False, "continue the run in run_dir from its last checkpoint")
     save_every: int = setting(1, "iterations between checkpoints")
     report_to: str | None = setting(None, "tensorboard or wandb (which you install)")
@@ -265,7 +254,12 @@ def of_algorithm(name):
     if name == "empo2":
         return Settings, "empo2"
     algorithm = algorithm_class(name)
-    return algorithm.Settings, algorithm.preset
+    own = algorithm.Settings
+    if not issubclass(own, Settings) or "__dataclass_fields__" not in vars(own):
+        raise ValueError(
+            f"{name}: its Settings must be a @dataclass, and a subclass of settings.Settings"
+        )
+    return own, algorithm.preset
 
 
 def read_config(path):
@@ -280,10 +274,10 @@ def read_config(path):
 
 
 def config_words(path):
-    """The settings in a YAML file, as words of a command line; `sweep` is experiments/sweep.py's."""
+    """The settings in a YAML file, as words of a command line, but for `sweep`."""
     content = read_config(path)
     content.pop("sweep", None)
-    return as_words(content)
+    return with_home(as_words(content))
 
 
 def as_words(mapping):

@@ -24,10 +24,10 @@ class DialogueCache:
 
     def __init__(self):
         self.layers = {}  # layer -> [keys, values], each [dialogues, positions, heads, d]
-        self.dialogues = 0  # how many there is room for
-        self.positions = 0  # how long each of them may be
+        self.dialogues = 0  # how many fit
+        self.positions = 0  # most tokens of each
         self.lanes = []  # which dialogue is at each index
-        self.held = []  # the ids that it holds
+        self.held = []  # its ids
         self.steps = {}  # of decode.py; what is recorded holds while the tensors stay in place
         self.adapter = None  # of decode.py, too
         self.tokens_needed = 0  # of prompts; what they share with what was held is not counted
@@ -58,9 +58,9 @@ class DialogueCache:
             ids = pad_sequence([torch.tensor(new[b][1]) for b in chosen], batch_first=True)
             spans = [torch.arange(new[b][0], len(prompts[b])) for b in chosen]
             positions = pad_sequence(spans, batch_first=True, padding_value=-1)
-            rows = torch.tensor(chosen).to(model.device, non_blocking=True)
+            indexes = torch.tensor(chosen).to(model.device, non_blocking=True)
             width = int(positions.max()) + 1
-            hidden = self.forward(model, ids, positions, width, rows, rows)  # [b, n, d]
+            hidden = self.forward(model, ids, positions, width, indexes, indexes)  # [b, n, d]
             for b, row_states in zip(chosen, hidden, strict=True):
                 states[b] = row_states[len(new[b][1]) - 1]
             self.tokens_computed += ids.numel()
@@ -73,28 +73,28 @@ class DialogueCache:
 
     def copy(self, origins, copies, width):
         """Give some dialogues the first `width` positions of others; both are lists of indexes."""
-        for pair in self.layers.values():
-            for store in pair:
+        for stores in self.layers.values():
+            for store in stores:
                 store[copies, :width] = store[origins, :width]
 
     def append(self, model, tokens, positions, width):
-        """Add a token [B] to each of the first B dialogues -> states [B, d]. Device work alone.
+        """Add a token [B] to each of the first B dialogues -> states [B, d]. Never waits.
 
         positions [B]: where it goes, below `width` - 1; -1 = nowhere.
         """
-        rows = torch.arange(len(tokens), device=tokens.device)
+        indexes = torch.arange(len(tokens), device=tokens.device)
         every = slice(len(tokens))  # a view where an index would make a copy
-        return self.forward(model, tokens[:, None], positions[:, None], width, rows, every)[:, 0]
+        return self.forward(model, tokens[:, None], positions[:, None], width, indexes, every)[:, 0]
 
-    def forward(self, model, ids, positions, width, rows, select):
+    def forward(self, model, ids, positions, width, indexes, select):
         """States [B, n, d] of new tokens [B, n] at the given positions [B, n]; -1 = padding.
 
-        rows [B]: the dialogues' indexes; select: the same, or the slice that they are.
+        indexes [B]: of the dialogues; select: the same, or the slice that they are.
         """
         # Padding is stored at the last position, which no query is ever allowed to see.
         self.targets = positions.to(model.device, non_blocking=True)
         self.width = width
-        self.rows = rows
+        self.indexes = indexes
         self.select = select
         queries = self.targets.clamp(min=0)
         visible = torch.arange(width, device=model.device) <= queries[..., None]  # [B, n, width]
@@ -114,7 +114,7 @@ class DialogueCache:
             self.layers[layer] = [keys.new_zeros(shape), values.new_zeros(shape)]
         seen = []
         for store, new in zip(self.layers[layer], (keys, values), strict=True):
-            store[self.rows[:, None], self.targets] = new.transpose(1, 2)
+            store[self.indexes[:, None], self.targets] = new.transpose(1, 2)
             seen.append(store[self.select, : self.width].transpose(1, 2))
         return tuple(seen)
 
@@ -125,9 +125,9 @@ class DialogueCache:
         if more_dialogues or more_positions:
             self.steps.clear()
             padding = (0, 0, 0, 0, 0, more_positions, 0, more_dialogues)
-            for pair in self.layers.values():  # one tensor after another: never two whole caches
-                pair[0] = torch.nn.functional.pad(pair[0], padding)
-                pair[1] = torch.nn.functional.pad(pair[1], padding)
+            for stores in self.layers.values():  # one tensor after another: never two whole caches
+                stores[0] = torch.nn.functional.pad(stores[0], padding)
+                stores[1] = torch.nn.functional.pad(stores[1], padding)
             self.dialogues += more_dialogues
             self.positions += more_positions
 
@@ -141,8 +141,8 @@ class DialogueCache:
         for i, lane in enumerate(lanes):
             j = self.lanes.index(lane)
             if i != j:
-                for pair in self.layers.values():
-                    for store in pair:
+                for stores in self.layers.values():
+                    for store in stores:
                         store[[i, j]] = store[[j, i]]
                 self.lanes[i], self.lanes[j] = self.lanes[j], self.lanes[i]
                 self.held[i], self.held[j] = self.held[j], self.held[i]

@@ -1,4 +1,4 @@
-"""The command line of train.py around the training itself: refusing, stopping, going on.
+"""The command line of train.py around the training itself: errors, interrupts, resume.
 
 Torch is imported only where it is needed, so typos are reported at once.
 """
@@ -30,7 +30,7 @@ def handle(signals, handler):
 
 
 def quit_at_once(signum, frame):
-    """Nothing has begun that would have to be ended in order."""
+    """Exit at once: there is nothing to clean up yet."""
     print("\nstopped before anything was saved", file=sys.stderr)
     os._exit(130)
 
@@ -42,7 +42,9 @@ def refuse(argv, description, make):
     """
     handle([signal.SIGINT], quit_at_once)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a lost process is a page of C++
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "FATAL"
+    )  # else a lost process prints a page of C++
     try:
         s, _ = settings.parse(argv, description)
         known = make(s.env).tasks()
@@ -111,8 +113,8 @@ def run(argv, parse, train):
         processes.start()
         s, notes = parse(argv)
         run_dir = Path(s.run_dir)
-        with ExitStack() as held:
-            found = processes.from_first(runs.open_run, s, notes, settings.given(argv), held)
+        with ExitStack() as stack:
+            found = processes.from_first(runs.open_run, s, notes, settings.given(argv), stack)
             s, start = found
             done = train(s, run_dir, start)
         if done < s.iterations:
@@ -133,7 +135,7 @@ def run(argv, parse, train):
         return 1
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         said = processes.say(f"train.py: {error}", sys.stderr)
-        with suppress(OSError):  # for what nobody foresaw; the disk may be full
+        with suppress(OSError):  # for unforeseen errors; the disk may be full
             if said and run_dir and run_dir.exists():
                 (run_dir / "error.log").write_text(traceback.format_exc())
         return 2

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 
 from engine.cache import batch_size, key_width
 
-LOOK_EVERY = 8  # tokens between questions whether all have stopped, where steps are recorded
+LOOK_EVERY = 8  # tokens between checks whether all have stopped, with CUDA graphs
 
 
 class Step:
@@ -63,7 +63,7 @@ class Step:
         self.logp[:batch] = logp
 
     def advance(self, cache, width):
-        """Run; what comes a second time is recorded, and from then on repeated."""
+        """Run the step; at its second call it is recorded as a CUDA graph and then replayed."""
         record = self.policy.record
         if record is None or width not in self.recorded:
             self.recorded[width] = None

@@ -16,7 +16,7 @@ from engine.errors import UNKNOWN, unknown
 
 
 def rollout_metrics(episodes, jobs, learner):
-    """What is known after playing so many jobs; docs/metrics.md says what each name means."""
+    """Metrics of the rollout of so many jobs; docs/metrics.md explains them."""
     turns = [turn for episode in episodes for turn in episode.turns]
     with_tips = [turn for turn in turns if turn.shown]
     scores = [episode.score for episode in episodes]
@@ -51,7 +51,7 @@ def rollout_metrics(episodes, jobs, learner):
 
 
 def transcript(iteration, episode, episode_return):
-    """An episode for people."""
+    """A readable record of an episode."""
     turns = []
     for turn in episode.turns:
         turns.append(

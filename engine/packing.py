@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PASS = 400  # tokens that a forward pass costs beside its own: a guess, which changes time alone
+PASS = 400  # cost of a forward pass, in tokens: a guess that affects time only
 
 
 @dataclass
@@ -73,6 +73,20 @@ def pack(pairs):
     for index in path:
         row.ends[index] = len(row.ids)
     return row
+
+
+def pack_rows(episodes, indexes, s, chosen):
+    """Rows of some episodes' pairs. chosen: a turn's pair -> the pairs to be packed, a list."""
+    packs = {}  # what goes into a row
+    for index in indexes:
+        for t, turn in enumerate(episodes[index].turns):
+            key = index
+            if s.pack == "group":
+                key = episodes[index].job.group
+            elif s.history:  # these prompts share little, and a row of one needs no mask
+                key = (index, t)
+            packs.setdefault(key, []).extend(chosen(turn.pair))
+    return [pack(pairs) for pairs in packs.values() if pairs]
 
 
 def visibility(ends):

@@ -18,17 +18,21 @@ def is_file(name):
     return str(name).endswith(".py")
 
 
+def place(name, folder):
+    """The file that is meant by a path, or by the name of a file in a folder of the root."""
+    return Path(name).resolve() if is_file(name) else ROOT / folder / f"{name}.py"
+
+
 def find_class(name, base, folder):
     """The one subclass of `base` in a file: a path, or the name of a file in a folder of the root.
 
     Its checksum is kept in `checksums`. Raises ValueError with one line.
     """
-    path = Path(name)
+    path = place(name, folder)
     if not is_file(name):
-        path = ROOT / folder / f"{name}.py"
         known = sorted(file.stem for file in path.parent.glob("*.py"))
         if name not in known:
-            raise unknown(f"name in {folder}/", name, [*known, "path/to/file.py"])
+            raise unknown(base.__name__.lower(), name, [*known, "path/to/file.py"])
     if not path.is_file():
         raise ValueError(f"{name}: there is no such file")
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()

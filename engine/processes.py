@@ -20,12 +20,12 @@ PATIENCE = timedelta(hours=1)  # with a slower process; the launcher ends all if
 
 rank = 0  # the number of this process; 0 alone writes files and shows progress
 count = 1  # of processes
-store = None  # a few words that all can read
+store = None  # a key-value store that all share
 lost = "another process was lost; the same launch with --resume continues"
 
 
 def start():
-    """Meet the others, if there are any; each takes a GPU. Raises RuntimeError or ValueError."""
+    """Join the other processes, if any; each takes a GPU. Raises RuntimeError or ValueError."""
     global rank, count, store
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started == 1:
@@ -45,7 +45,7 @@ def start():
 
 
 def take_gpu():
-    """Each process of a machine has one. Returns what they talk through."""
+    """Use this process's own GPU -> the backend of torch.distributed."""
     if not torch.cuda.is_available():
         return "gloo"
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -57,7 +57,7 @@ def take_gpu():
 
 
 def say(line, file=None):
-    """Print why the run ends, unless another process has: its end is why this one ends, too.
+    """Print why the run ends, unless another process has printed its reason.
 
     Returns if it was printed.
     """
@@ -69,10 +69,10 @@ def say(line, file=None):
     return True
 
 
-# --- What all do, and what the first one does -----------------------------------------------------
+# --- Collectives ----------------------------------------------------------------------------------
 @contextmanager
 def together():
-    """What needs all processes fails where one is lost."""
+    """Report a lost process."""
     try:
         yield
     except RuntimeError as error:
@@ -80,7 +80,7 @@ def together():
 
 
 def share(items):
-    """Every n-th item is for this one of n processes."""
+    """This process's share: every n-th item, for n processes."""
     return items[rank::count]
 
 
@@ -111,7 +111,7 @@ def from_first(function, *args):
 
 
 def only_first(function):
-    """A function that does nothing but in the first process."""
+    """A function that runs in the first process only."""
 
     @functools.wraps(function)
     def called(*args, **kwargs):

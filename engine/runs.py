@@ -24,38 +24,26 @@ except ImportError:
     raise SystemExit("Linux or macOS is needed; on Windows use WSL") from None
 
 LOGS = ("metrics.jsonl", "episodes.jsonl", "evals.jsonl")
-STORED = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.pt",
-    "tips.npz",
-    "novelty.npz",
-)
+STORED = ("adapter_model.safetensors adapter_config.json optimizer.pt tips.npz novelty.npz").split()
 # What may change on --resume, beside a larger --iterations.
 RESUMABLE = (
-    "rollout_batch",
-    "micro_tokens",
-    "dtype",
-    "load_in_4bit",
-    "gradient_checkpointing",
-    "decode_graph",
-    "save_every",
-    "report_to",
-)
+    "rollout_batch micro_tokens dtype load_in_4bit gradient_checkpointing decode_graph save_every"
+    " report_to"
+).split()
 KEPT = 2  # how many of the newest checkpoints are kept, beside the best evaluated
 
 
 # --- The directory --------------------------------------------------------------------------------
-def open_run(s, notes, names, held):
+def open_run(s, notes, names, stack):
     """Hold the run's directory -> (settings, the checkpoint to go on from or None).
 
-    notes: lines to print for a new run. names: the settings that the command line gives. held: an
+    notes: lines to print for a new run. names: the settings that the command line gives. stack: an
     ExitStack.
     """
     run_dir = Path(s.run_dir)
     if s.resume and not run_dir.is_dir():
         raise ValueError(f"{run_dir} does not exist; nothing to resume")
-    held.enter_context(locked(run_dir))
+    stack.enter_context(locked(run_dir))
     start = None
     if s.resume:
         s, start = continue_run(run_dir, s, names)
@@ -155,7 +143,7 @@ def save_checkpoint(run_dir, iteration, learner, s):
         flush(*folder.iterdir(), folder)
         os.rename(folder, final)
         flush(run_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:  # words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk raises
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
             f"{final} could not be written; is the disk full? Those before it are intact "
@@ -167,7 +155,7 @@ def save_checkpoint(run_dir, iteration, learner, s):
 
 
 def flush(*paths):
-    """Have files and folders on the disk before anything older is removed: power may fail."""
+    """Write files and folders to the disk before anything older is removed: power may fail."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -195,10 +183,11 @@ def sources(s):
 def changed_sources(folder):
     """{"algorithm" or "env": its file}, where it is another than when the checkpoint was made."""
     s, state = read_checkpoint(folder)
-    now = sources(s)
-    files = {"algorithm": s.algorithm, "env": s.env}
     return {
-        name: file for name, file in files.items() if state["sources"].get(file) != now.get(file)
+        option: name
+        for option, name in (("algorithm", s.algorithm), ("env", s.env))
+        if name in state["sources"]
+        and state["sources"][name] != sha256(plugins.place(name, "algorithms"))
     }
 
 

@@ -24,17 +24,8 @@ from engine.errors import first_line
 
 # What loading damaged files raises.
 UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    EOFError,
-    pickle.UnpicklingError,
-    struct.error,
-    SafetensorError,
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+    *(EOFError, pickle.UnpicklingError, struct.error, SafetensorError),
 )
 OPTIONAL = {
     "_raise_exceptions_for_missing_entries": False,
@@ -62,6 +53,27 @@ def load_model(name, device, dtype, load_in_4bit):
     if adapter:
         return merged(name, device, dtype, load_in_4bit)
     tokenizer = load_tokenizer(name)
+    model = load_weights(name, device, dtype, load_in_4bit)
+    entries = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > entries:
+        raise ValueError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {entries}"
+        )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks weights; training raises
+            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "compute_dtype"):  # of a 4-bit layer: a checkpoint may name another
+            module.compute_dtype = dtype
+        if hasattr(module, "attention_dropout"):  # dropout breaks the ratio
+            module.attention_dropout = 0.0
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    described = model.config.to_diff_dict() | dict.fromkeys(NO_NUMBERS)
+    return model.requires_grad_(False), tokenizer, checksum(model.named_parameters(), described)
+
+
+def load_weights(name, device, dtype, load_in_4bit):
+    """The model with all the weights that its configuration describes. Raises ValueError."""
     options = {}
     if load_in_4bit:  # not None otherwise: that would erase what the checkpoint says of itself
         options["quantization_config"] = four_bit(dtype)
@@ -86,28 +98,13 @@ def load_model(name, device, dtype, load_in_4bit):
     }
     refuse_other_weights(name, other)
     refuse_not_finite(name, model)
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"{name}: its tokenizer has {len(tokenizer)} tokens, its model only {rows}"
-        )
     own = getattr(model.config, "quantization_config", None)
     kind = getattr(own, "bnb_4bit_quant_type", "other than 4-bit") if own else None
     if getattr(model, "is_loaded_in_8bit", False):
         raise ValueError(f"{name}: holds 8-bit weights; choose one in 16 bits, and --load-in-4bit")
     if kind and (not load_in_4bit or kind != "nf4"):
         print(f"{name} holds quantised weights ({kind})", file=sys.stderr)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks weights; training raises
-            module.support_avx512bf16_for_cpu = False
-        if hasattr(module, "compute_dtype"):  # of a 4-bit layer: a checkpoint may name another
-            module.compute_dtype = dtype
-        if hasattr(module, "attention_dropout"):  # dropout breaks the ratio
-            module.attention_dropout = 0.0
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    described = model.config.to_diff_dict() | dict.fromkeys(NO_NUMBERS)
-    return model.requires_grad_(False), tokenizer, checksum(model.named_parameters(), described)
+    return model
 
 
 def load_tokenizer(name):
@@ -150,25 +147,30 @@ def merged(name, device, dtype, load_in_4bit):
         described = config.to_dict() | {"base_model_name_or_path": None}
         # Of both parts, not of the sum, which is rounded otherwise in every precision.
         own = checksum(sorted(load_peft_weights(name, device="cpu").items()), described)
-        model = load_adapter(model, name)
-        before = some_logits(model, dtype)
-        model = model.merge_and_unload(safe_merge=True)
-        for parameter in model.parameters():  # some adapters replace whole layers, in fp32
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-        change = (some_logits(model, dtype) - before).std() / before.std()
-        in_4bit = getattr(model, "is_loaded_in_4bit", False)  # NF4 rounds without a bound
-        if not in_4bit and change > (0.1 if dtype == torch.bfloat16 else 0.001):
-            raise ValueError("merged, it is another model; is it for embeddings that are tied?")
+        model = merge(load_adapter(model, name), dtype)
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
         raise ValueError(
             f"{name} is an adapter, and cannot be merged into its base model: {first_line(error)}"
         ) from error
-    precision = "4-bit" if in_4bit else str(dtype)[6:]
+    precision = "4-bit" if getattr(model, "is_loaded_in_4bit", False) else str(dtype)[6:]
     print(f"{name} is an adapter: merged into {base}, in {precision}", file=sys.stderr)
     return model.requires_grad_(False), tokenizer, base_checksum + own
+
+
+def merge(model, dtype):
+    """The model with its adapter added to its weights. Raises ValueError if it is another then."""
+    before = some_logits(model, dtype)
+    model = model.merge_and_unload(safe_merge=True)
+    for parameter in model.parameters():  # some adapters replace whole layers, in fp32
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    change = (some_logits(model, dtype) - before).std() / before.std()
+    in_4bit = getattr(model, "is_loaded_in_4bit", False)  # NF4 rounds without a bound
+    if not in_4bit and change > (0.1 if dtype == torch.bfloat16 else 0.001):
+        raise ValueError("merged, it is another model; is it for embeddings that are tied?")
+    return model
 
 
 @torch.no_grad()

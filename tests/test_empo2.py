@@ -6,36 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from toys import Bag, KnownOrder, drawn_episode
 
 import empo2
 import envs
 import memory
 import policy
 import rollout
-from algorithms.gigpo import gigpo_advantages
-from empo2 import group_advantages, grpo_advantages, hybrid_loss
+from empo2 import Algorithm, Pair, group_advantages, hybrid_loss
 from engine import packing
-from rollout import Episode, Job, Turn
+from engine.packing import pack
 from settings import Settings
 
 YES = torch.tensor([[True]])
-
-
-def drawn_episode(turns=3, group=0, rewards=(), actions=()):
-    """System 1, header 5; turn t: observation 10+t, tips 30+t (none at turn 0), action 20+t, 9."""
-    rng = np.random.default_rng(group)
-    episode = Episode(Job("task", 0, group, 0), rng, 0, "text", [1], [5])
-    for t in range(turns):
-        turn = Turn(f"o{t}", [10 + t], tip_ids=[30 + t] if t else [], action_ids=[20 + t, 9])
-        turn.logps = [-1.0 - t, -0.5]
-        episode.turns.append(turn)
-    for turn, reward in zip(episode.turns, rewards, strict=False):
-        turn.reward = reward
-    for turn, action in zip(episode.turns, actions, strict=False):
-        turn.action_ids = action
-    for turn in episode.turns:
-        turn.past_ids = [*turn.observation_ids, 5, *turn.action_ids]
-    return episode
 
 
 # --- Eq. 2 ----------------------------------------------------------------------------------------
@@ -45,7 +28,8 @@ def loss_of_one(p, p_old, advantage, ref=None, **options):
     old = torch.tensor([[math.log(p_old)]], dtype=torch.float64)
     advantages = torch.tensor([[advantage]], dtype=torch.float64)
     ref_logp = None if ref is None else torch.tensor([[math.log(ref)]], dtype=torch.float64)
-    loss, metrics = hybrid_loss(logp, old, advantages, YES, Settings(**options), ref_logp)
+    s = Settings(**options)
+    loss, metrics = hybrid_loss(logp, logp - old, advantages, YES, s, ref_logp)
     loss.backward()
     return loss.item(), logp.grad.item(), metrics
 
@@ -73,7 +57,7 @@ def test_each_branch_of_the_loss_by_hand(p, p_old, advantage, loss, slope, clipp
     assert got == pytest.approx([loss, slope], abs=1e-9)
     ratio = p / p_old
     expected = {"ratio": ratio, "approx_kl": ratio - 1 - math.log(ratio), "clipfrac": clipped}
-    assert metrics == pytest.approx(expected | {"masked_fraction": masked, "loss": loss}, abs=1e-9)
+    assert metrics == pytest.approx(expected | {"masked_fraction": masked}, abs=1e-9)
 
 
 def test_the_mask_keeps_delta_itself_and_can_be_off():
@@ -85,11 +69,12 @@ def test_values_outside_the_mask_do_not_matter_even_if_infinite():
     logp = torch.tensor([[math.log(0.5), -math.inf, 3.0]], requires_grad=True)
     old = torch.tensor([[math.log(0.5), 5.0, math.inf]])
     mask = torch.tensor([[True, False, False]])
-    loss, metrics = hybrid_loss(logp, old, torch.ones(1, 3), mask, Settings(beta=0.5), old)
-    loss.backward()
-    assert loss.item() == pytest.approx(-1) and logp.grad.tolist() == [[-1.0, 0.0, 0.0]]
+    s = Settings(beta=0.5)
+    loss, metrics = hybrid_loss(logp, logp - old, torch.ones(1, 3), mask, s, old)
+    loss.sum().backward()
+    assert loss.tolist() == [[pytest.approx(-1), 0, 0]] and logp.grad.tolist() == [[-1.0, 0.0, 0.0]]
     expected = {"ratio": 1, "approx_kl": 0, "clipfrac": 0, "masked_fraction": 0, "kl_ref": 0}
-    assert metrics == pytest.approx(expected | {"loss": -1}, abs=1e-6)
+    assert metrics == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_kl_term_is_the_kl_in_expectation_over_a_vocabulary_of_five():
@@ -114,7 +99,7 @@ def test_advantages_by_hand_per_group_of_episodes():
     long.turns[1].novelty = 0.5
     s = Settings(intrinsic_coef=2.0, advantage_eps=5.0)
     # Returns 0 and 10 (9 + 2 * 0.5): mean 5, std 5, and 5 more in the denominator.
-    assert grpo_advantages([short, alone, long], s) == [[-0.5], [0.0, 0.0], [0.5] * 3]
+    assert Algorithm(s).advantages([short, alone, long]) == [[-0.5], [0.0, 0.0], [0.5] * 3]
     got = group_advantages([0.0, 10.0, 5.0, 5.0], [7, 7, 3, 7])
     sigma = math.sqrt(50 / 3)  # of 0, 10, 5 around 5
     assert got.tolist() == pytest.approx([-5 / sigma, 5 / sigma, 0.0, 0.0], rel=1e-5)
@@ -132,11 +117,11 @@ def test_equal_returns_give_exactly_zero_and_small_differences_do_not():
     "level, in_episode, in_batch", [("turn", 2, 2), ("episode", 1, 2), ("batch", 1, 1)]
 )
 def test_update_modes_are_drawn_at_their_level(level, in_episode, in_batch):
-    episodes = [drawn_episode(101, group) for group in range(60)]
+    episodes = [drawn_episode(41, group) for group in range(50)]
     shares = []
     for seed in range(20):
         s = Settings(mode_level=level, offpolicy_prob=0.6)
-        empo2.draw_update_modes(episodes, s, np.random.default_rng(seed))
+        empo2.draw_update_modes(episodes, Algorithm(s), np.random.default_rng(seed))
         drawn = [{turn.offpolicy for turn in e.turns[1:]} for e in episodes]
         assert {len(modes) for modes in drawn} == {in_episode}
         assert len(set.union(*drawn)) == in_batch
@@ -145,152 +130,43 @@ def test_update_modes_are_drawn_at_their_level(level, in_episode, in_batch):
     assert np.mean(shares) == pytest.approx(0.6, abs=0.2 if level == "batch" else 0.03)
 
 
-@pytest.mark.parametrize("level", ["turn", "episode", "batch"])
-@pytest.mark.parametrize("q, expected", [(0.0, [False, False]), (1.0, [False, True])])
-def test_q_is_the_share_that_is_updated_off_policy(level, q, expected):
-    """Not its complement; the turn without tips is never off-policy."""
-    episode = drawn_episode(2)
-    s = Settings(mode_level=level, offpolicy_prob=q)
-    empo2.draw_update_modes([episode], s, np.random.default_rng(0))
-    assert [turn.offpolicy for turn in episode.turns] == expected
-
-
 def test_the_training_pairs_of_a_drawn_trajectory():
     """Turn 0 without memory, turn 1 with memory on-policy, turn 2 with memory off-policy."""
     episode = drawn_episode()
     episode.turns[2].offpolicy = True
-    for t, turn in enumerate(episode.turns):
-        turn.advantage = t / 2
-    plain, on_policy, off_policy = empo2.training_pairs(episode, Settings())
-    assert plain == empo2.Pair([1, 10, 5], [20, 9], 0.0, None, [-1.0, -0.5])
+    plain, on_policy, off_policy = Algorithm(Settings()).training_pairs(episode)
+    assert plain == Pair([1, 10, 5], [20, 9], None, [-1.0, -0.5])
     prompt = [1, 10, 5, 20, 9, 11, 31, 5]  # its own tips, and its end of turn is learnt
-    assert on_policy == empo2.Pair(prompt, [21, 9], 0.5, None, [-2.0, -0.5])
+    assert on_policy == Pair(prompt, [21, 9], None, [-2.0, -0.5])
     prompt = [1, 10, 5, 20, 9, 11, 5, 21, 9, 12, 5]  # no tips at all
-    assert off_policy == empo2.Pair(prompt, [22, 9], 1.0, None, None)
-    on_policy, off_policy = list(empo2.training_pairs(episode, Settings(denominator="tips")))[1:]
+    assert off_policy == Pair(prompt, [22, 9])
+    tips = Algorithm(Settings(denominator="tips"))
+    on_policy, off_policy = list(tips.training_pairs(episode))[1:]
     assert on_policy.old_logps is None and off_policy.old_logps == [-3.0, -0.5]
 
 
 # --- The update -----------------------------------------------------------------------------------
-class Bag:
-    """Logits of the next token: a sum over the tokens that it sees, weighted by position."""
-
-    device = "cpu"
-
-    def __init__(self):
-        self.reference, weight = 0.1 * torch.randn(2, 40, 40, generator=torch.manual_seed(0))
-        self.weight = weight.requires_grad_()
-        self.scored = 0
-        self.most_rows = 0
-
-    def trainable(self):
-        return [self.weight]
-
-    def forget(self):
-        pass
-
-    def logprobs(self, ids, mask, temperature, positions=None, visible=None, reference=False):
-        weight = self.reference if reference else self.weight
-        self.scored += int(mask.sum())
-        self.most_rows = max(self.most_rows, len(ids))
-        if positions is None:
-            positions = torch.arange(ids.shape[1])
-            visible = torch.ones(ids.shape[1], ids.shape[1]).tril()
-        seen = visible.float() @ (weight[ids] * 0.9 ** positions[..., None])
-        logp = (seen / temperature).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-        logp = torch.where(mask, torch.nn.functional.pad(logp, (1, 0)), 0.0)
-        return logp, 3.0 * mask  # as if each token had an entropy of 3
-
-    def of_turn(self, e, t, temperature=1.0, reference=False):
-        """Log-probs of an action under its numerator's prompt, alone."""
-        prompt = e.prompt(t, with_tips=not e.turns[t].offpolicy)
-        ids = torch.tensor([prompt + e.turns[t].action_ids])
-        mask = torch.arange(ids.shape[1])[None] >= len(prompt)
-        return self.logprobs(ids, mask, temperature, reference=reference)[0][0, len(prompt) :]
+def update(bag, algorithm, episodes, lr=0.1, *progress):
+    """A pass of SGD -> its metrics."""
+    sgd = torch.optim.SGD([bag.weight], lr)
+    return empo2.update(bag, sgd, episodes, algorithm, KnownOrder(), *progress)
 
 
-class KnownOrder:
-    """A generator that shuffles in a known way."""
-
-    def random(self):
-        return 0.5
-
-    def permutation(self, n):
-        return [i for i in (2, 0, 3, 1, 4) if i < n]
-
-
-def plain_update(bag, advantages, episodes, s, lr):
-    """The update from its definition, turn by turn."""
-    old = {}
+def steps(episodes, s, cls=Algorithm):
+    """Optimiser steps of pairs with advantages of 1."""
+    algorithm = cls(s)
     for e in episodes:
-        for t, turn in enumerate(e.turns):
-            old[id(turn)] = bag.of_turn(e, t, s.temperature).detach()
-            if turn.offpolicy and s.denominator == "tips":
-                old[id(turn)] = torch.tensor(turn.logps)
-    for step in ([2, 0], [3, 1], [4]):
-        objective = 0.0
-        tokens = 0
-        for i in step:
-            a = advantages[i]
-            for t, turn in enumerate(episodes[i].turns):
-                logp = bag.of_turn(episodes[i], t, s.temperature)
-                ref = bag.of_turn(episodes[i], t, s.temperature, reference=True)
-                ratio = (logp - old[id(turn)]).exp()
-                term = torch.minimum(ratio * a, ratio.clamp(0.9, 1.05) * a)
-                if a < 0:
-                    term = term.clamp(min=1.2 * a)
-                kl = (ref - logp).exp() - 1 - (ref - logp)
-                objective += (term * (logp.exp() >= 0.018) - s.beta * kl).sum()
-                tokens += len(turn.action_ids)
-        (gradient,) = torch.autograd.grad(-objective / tokens, bag.weight)
-        with torch.no_grad():
-            bag.weight -= lr * gradient / max(1.0, gradient.norm() / s.max_grad_norm)
-
-
-@pytest.mark.parametrize("pack", ["episode", "group"])
-@pytest.mark.parametrize("micro_tokens", [None, 20])
-@pytest.mark.parametrize(
-    "denominator, beta, max_norm",
-    [("no-tips", 0.0, 9.0), ("no-tips", 0.2, 0.25), ("tips", 0.0, 9.0)],
-)
-def test_an_update_is_that_of_algorithm_1_turn_by_turn(
-    denominator, beta, max_norm, micro_tokens, pack
-):
-    """Three optimiser steps, so that ratios leave 1; one of them mixes in an episode without A."""
-    loss = {"clip_low": 0.1, "clip_high": 0.05, "clip_c": 1.2, "min_prob": 0.018, "beta": beta}
-    step = {"minibatch_episodes": 2, "micro_tokens": micro_tokens, "max_grad_norm": max_norm}
-    step["pack"] = pack
-    s = Settings(temperature=0.7, offpolicy_prob=0.7, denominator=denominator, **loss, **step)
-    draw = np.random.default_rng(134)  # all clips and the mask come up
-    episodes = []
-    for group, rewards in ((0, [6]), (1, [1, 4]), (0, [0, 0, 1]), (0, [0, 2]), (1, [5])):
-        actions = [[*draw.integers(20, 26, draw.integers(1, 4)).tolist(), 9] for _ in range(4)]
-        episodes.append(drawn_episode(1 + len(rewards), group, rewards, actions))
-        episodes[-1].rng = draw
-        for turn in episodes[-1].turns:
-            turn.logps = draw.uniform(-4.5, -3, len(turn.action_ids)).tolist()
-    returns = np.array([6.0, 1.0, 2.0])
-    a, b, c = ((returns - returns.mean()) / returns.std()).tolist()
-    bag, plain = Bag(), Bag()
-    metrics = empo2.update(bag, torch.optim.SGD([bag.weight], 0.3), episodes, s, KnownOrder())
-    plain_update(plain, [a, 0.0, b, c, 0.0], episodes, s, 0.3)
-    torch.testing.assert_close(bag.weight, plain.weight, rtol=1e-3, atol=1e-4)
-    assert 0.1 < metrics["masked_fraction"] < 0.6
-    assert {turn.offpolicy for turn in episodes[2].turns[1:3]} == {
-        True,
-        False,
-    }  # a row that branches
-    assert (bag.most_rows == 1) == (micro_tokens is not None)
-    learnt = sum(len(turn.action_ids) for i in (0, 2, 3) for turn in episodes[i].turns)
-    assert beta or bag.scored == 2 * learnt  # what has nothing to learn is not computed
+        for turn, pair in zip(e.turns, algorithm.training_pairs(e), strict=True):
+            turn.pair = pair
+    empo2.give_advantages(episodes, [[1.0] * len(e.turns) for e in episodes])
+    return empo2.optimiser_steps(episodes, algorithm, KnownOrder())
 
 
 @pytest.mark.parametrize("pack, lengths", [("episode", [7, 7, 7]), ("group", [7, 12])])
 def test_a_group_can_share_a_row(pack, lengths):
     """The first prompt of its episodes is there once; its last token belongs to the action."""
     episodes = [drawn_episode(1, group, [1], [[20, 21, 22, 9]]) for group in (0, 1, 1)]
-    s = Settings(pack=pack, beta=1.0)
-    ((rows, _),) = empo2.optimiser_steps(episodes, s, np.random.default_rng(0))
+    ((rows, _),) = steps(episodes, Settings(pack=pack))
     assert sorted(len(row.ids) for row in rows) == lengths
 
 
@@ -299,8 +175,7 @@ def test_with_history_each_pair_has_a_row_and_no_row_branches():
     for turn in episode.turns:
         turn.past_ids = [50, *turn.observation_ids]
     episode.history = 1
-    s = Settings(history=1, beta=1.0)
-    ((rows, _),) = empo2.optimiser_steps([episode], s, np.random.default_rng(0))
+    ((rows, _),) = steps([episode], Settings(history=1))
     assert len(rows) == 3 and all(row.is_sequence() for row in rows)
 
 
@@ -308,56 +183,201 @@ def test_the_metrics_of_an_update():
     episodes = [drawn_episode(2, 0, [4.0]), drawn_episode(1), drawn_episode(1, 1)]
     episodes[0].turns[1].novelty = 1.0
     bag = Bag()
+    entropies = []
     for e in episodes:
         for t, turn in enumerate(e.turns):
-            turn.logps = bag.of_turn(e, t).tolist()
+            logps, entropy = bag.of(e.prompt(t, turn.shown_ids), turn.action_ids)
+            turn.logps = logps.tolist()
+            entropies.append(entropy.mean().item())
     episodes[0].turns[1].logps[0] += 0.6
+    scored = bag.scored  # keys and values are forgotten before anything else
     s = Settings(offpolicy_prob=0.0, min_prob=0.0, minibatch_episodes=1)
     said = []
-    sgd = torch.optim.SGD([bag.weight], 0.0)
-    metrics = empo2.update(bag, sgd, episodes, s, KnownOrder(), lambda *text: said.append(text))
+    metrics = update(bag, Algorithm(s), episodes, 0.0, lambda *text: said.append(text))
     assert said == [("update", x) for x in ("old log-probs", "step 1 of 2", "step 2 of 2")]
-    assert metrics.pop("grad_norm") > 0
-    expected = {"ratio": 1, "approx_kl": 0, "clipfrac": 0, "masked_fraction": 0, "entropy": 3}
-    expected |= {"loss": -1 / 3, "sampler_gap": 0.6, "sampler_gap_mean": 0.1, "return": 5 / 3}
+    assert metrics.pop("grad_norm") > 0 and bag.scored_before == scored
+    expected = {"ratio": 1, "approx_kl": 0, "clipfrac": 0, "masked_fraction": 0}
+    expected |= {"loss": -1 / 3, "sampler_gap": 0.6, "sampler_gap_mean": 0.075, "return": 5 / 3}
     expected |= {"optimizer_steps": 2, "zero_variance_groups": 0.5}
+    expected |= {"entropy": np.mean(entropies[:3])}  # what is learnt from: not the last
     assert metrics == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_names_its_pairs():
+def test_without_spread_nothing_is_learnt_and_the_metrics_say_so():
+    bag = Bag()
+    before = bag.weight.clone()
+    episode = drawn_episode(1)
+    episode.turns[0].shown_ids = [30]
+    metrics = update(bag, Algorithm(Settings(offpolicy_prob=1.0)), [episode])
+    assert torch.equal(bag.weight, before)
+    nothing = {"grad_norm": 0.0, "optimizer_steps": 0, "zero_variance_groups": 1.0, "return": 0.0}
+    assert metrics == nothing | {"sampler_gap": None, "sampler_gap_mean": None}
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
     episodes = [drawn_episode(2, rewards=[4.0]), drawn_episode(2)]
     bag = Bag()
     with torch.no_grad():
         bag.weight[20] = math.inf
     before = bag.weight.clone()
-    s = Settings(minibatch_episodes=1)
-    with pytest.raises(empo2.NotFinite, match="--learning-rate") as caught:
-        empo2.update(bag, torch.optim.SGD([bag.weight], 1.0), episodes, s, KnownOrder())
-    assert [pair.action for pair in caught.value.pairs] == [[20, 9], [21, 9]]
+    with pytest.raises(FloatingPointError, match="--learning-rate"):
+        update(bag, Algorithm(Settings(minibatch_episodes=1)), episodes, 1.0)
     assert torch.equal(bag.weight, before)
 
 
-def test_another_algorithm_is_one_function():
-    """Returns are equal, so GRPO learns nothing; GiGPO sees that one action paid sooner."""
-    sooner, later = drawn_episode(2, rewards=[1, 0]), drawn_episode(2, rewards=[0, 1])
-    for turn, state in zip(sooner.turns + later.turns, "abac", strict=True):
-        turn.anchor = state
-    later.turns[0].action_ids = [25, 9]
+# --- The seam: what a subclass can override -------------------------------------------------------
+class Distil(Algorithm):
+    """SDPO's: sampled without tips; what the same policy would rather say with them."""
+
+    def training_pairs(self, episode):
+        for t, turn in enumerate(episode.turns):
+            pair = Pair(episode.prompt(t), turn.action_ids, sampled_logps=turn.logps)
+            if turn.shown_ids:
+                pair.second = Pair(episode.prompt(t, turn.shown_ids), turn.action_ids)
+            yield pair
+
+    def advantages(self, episodes):
+        return [[self.advantage(turn.pair) for turn in e.turns] for e in episodes]
+
+    def advantage(self, pair):
+        return np.subtract(pair.second.old_logps, pair.old_logps) if pair.second else 0.0
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": "group", "micro_tokens": 20}, {"history": 3}])
+def test_a_second_prompt_is_scored_and_advantages_are_of_tokens(options):
+    """Scored before advantages are asked for; what has none is dropped after that."""
+    s = Settings(temperature=0.7, min_prob=0.0, max_grad_norm=9.0, **options)
+    episodes = [drawn_episode(2, group) for group in range(3)]
+    bag, plain = Bag(), Bag()
+    objective = 0.0
+    gaps = []
+    for e in episodes:
+        for t, turn in enumerate(e.turns):
+            turn.action_ids = [20 + e.job.group, 21, 9][t:]
+            turn.logps = [-1.0] * len(turn.action_ids)
+            logp = plain.of(e.prompt(t), turn.action_ids, 0.7)[0]
+            gaps += (logp.detach() + 1).abs().tolist()
+            if t:  # the only one with tips
+                with_tips = plain.of(e.prompt(t, turn.shown_ids), turn.action_ids, 0.7)[0]
+                turn.expected = (with_tips - logp).detach()
+                objective += (turn.expected * logp).sum()
+    (gradient,) = torch.autograd.grad(objective, plain.weight)
+    metrics = update(bag, Distil(s), episodes, 1.0)
+    tokens = 3 * (3 + 2)  # also of the turns without tips
+    torch.testing.assert_close(bag.weight, plain.weight + gradient / tokens)
+    for e in episodes:
+        first, second = e.turns
+        assert first.pair.advantages == [0.0] * 3 and first.advantage == 0.0
+        assert second.pair.advantages == pytest.approx(second.expected.tolist(), abs=1e-5)
+        assert second.advantage == pytest.approx(second.expected.mean().item(), abs=1e-5)
+    assert bag.scored == tokens + 2 * 3 * 2  # π_old of all; with tips; π_θ of what is learnt
+    assert metrics["sampler_gap"] == pytest.approx(max(gaps), abs=1e-4)
+    assert metrics["sampler_gap_mean"] == pytest.approx(np.mean(gaps), abs=1e-4)
+
+
+def test_given_log_probs_are_not_scored():
+    """Those of `denominator="tips"`, beside a turn whose are."""
+    episode = drawn_episode(2)
+    algorithm = Algorithm(Settings(denominator="tips"))
+    episode.turns[1].offpolicy = True
+    episode.turns[0].pair, episode.turns[1].pair = algorithm.training_pairs(episode)
     bag = Bag()
-    before = [bag.of_turn(e, 0).sum() for e in (sooner, later)]
-    sgd = torch.optim.SGD([bag.weight], 0.1)
-    s = Settings(advantage_eps=0.0, min_prob=0.0, step_weight=1.0)
-    metrics = empo2.update(bag, sgd, [sooner, later], s, KnownOrder())
-    assert metrics["zero_variance_groups"] == 1 and metrics["grad_norm"] == 0
-    assert metrics["sampler_gap_mean"] is None
-    empo2.update(bag, sgd, [sooner, later], s, KnownOrder(), advantage_estimator=gigpo_advantages)
-    assert [turn.advantage for turn in sooner.turns + later.turns] == [1.0, 0.0, -1.0, 0.0]
-    after = [bag.of_turn(e, 0).sum() for e in (sooner, later)]
-    assert after[0] > before[0] and after[1] < before[1]
-    pair = [sooner, later]
-    for wrong in ([[1.0, 1.0]], [[1.0], [1.0, 1.0]]):  # an episode, or a turn, without an advantage
-        with pytest.raises(ValueError, match="zip"):
-            empo2.update(bag, sgd, pair, s, KnownOrder(), advantage_estimator=lambda *_, w=wrong: w)
+    (gap, _) = empo2.score_pairs(bag, [episode], algorithm.s)
+    own = bag.of([1, 10, 5], [20, 9])[0].tolist()
+    assert episode.turns[0].pair.old_logps == pytest.approx(own, abs=1e-5)
+    assert gap == pytest.approx(abs(own[0] + 1))
+    assert episode.turns[1].pair.old_logps == [-2.0, -0.5] and bag.scored == 2 + 2
+
+
+@pytest.mark.parametrize(
+    "cls, beta, learnt",
+    [
+        (Algorithm, 0.0, [True, True, False]),
+        (Algorithm, 0.1, [True, True, True]),
+        (type("All", (Algorithm,), {"learns_from": lambda self, pair: True}), 0.0, [True] * 3),
+        (
+            type("Best", (Algorithm,), {"learns_from": lambda self, pair: pair.advantages[0] > 0}),
+            0.0,
+            [True, False, False],
+        ),
+    ],
+)
+def test_what_is_learnt_from(cls, beta, learnt):
+    """A pair with an advantage at any token, unless the algorithm chooses otherwise."""
+    episode = drawn_episode(3)
+    steps([episode], Settings(beta=beta), cls)
+    empo2.give_advantages([episode], [[2.0, [0.0, -1.0], 0.0]])
+    ((rows, tokens),) = empo2.optimiser_steps([episode], cls(Settings(beta=beta)), KnownOrder())
+    spans = [pair for row in rows for _, pair in row.spans]
+    assert [any(pair is turn.pair for pair in spans) for turn in episode.turns] == learnt
+    assert tokens == 6, "of all turns"
+
+
+@pytest.mark.parametrize("wrong", [[[1.0, 1.0]], [[1.0], [1.0] * 2], [[1.0, [1.0] * 3], [1.0] * 2]])
+def test_an_advantage_for_each_turn_or_token(wrong):
+    """An episode, a turn or a token without one."""
+    algorithm = Algorithm(Settings())
+    algorithm.advantages = lambda episodes: wrong
+    with pytest.raises(ValueError, match="zip|broadcast"):
+        update(Bag(), algorithm, [drawn_episode(2), drawn_episode(2)])
+
+
+@pytest.mark.parametrize("micro_tokens", [None, 10])
+def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
+    """The loss sees advantages, entropies with a gradient, and which token is whose."""
+    seen = []
+
+    class Own(Algorithm):
+        def loss(self, batch, logp):
+            seen.extend(batch.advantages[batch.mask].tolist())
+            loss = -batch.entropy - batch.action_mean(logp) * batch.advantages
+            return loss, {"twice": 2.0 * batch.mask.sum().item()}
+
+        def denominator(self, pairs):
+            return 4 * len(pairs)
+
+        def learns_from(self, pair):
+            return True
+
+    s = Settings(micro_tokens=micro_tokens, max_grad_norm=1e6, minibatch_episodes=2)
+    episodes = [drawn_episode(2, rewards=[2.0]), drawn_episode(1)]
+    episodes[0].turns[1].action_ids, episodes[0].turns[1].logps = [25, 26, 9], [-1.0] * 3
+    bag, alone = Bag(), Bag()
+    objective = 0.0
+    for e, A in zip(episodes, (1.0, -1.0), strict=True):
+        for t, turn in enumerate(e.turns):
+            logp, entropy = alone.of(e.prompt(t, turn.shown_ids), turn.action_ids)
+            objective += entropy.sum() + A * logp.sum()
+    (gradient,) = torch.autograd.grad(objective, alone.weight)
+    s.offpolicy_prob = 0.0
+    metrics = update(bag, Own(s), episodes, 1.0)
+    torch.testing.assert_close(bag.weight, alone.weight + gradient / 12)  # 4 * 3 turns
+    assert metrics["twice"] == 2 and sorted(seen) == pytest.approx([-1.0] * 2 + [1.0] * 5, abs=1e-5)
+
+
+def test_clipping_and_metrics_are_of_the_ratio_of_the_algorithm():
+    class Twice(Algorithm):
+        def logratio(self, batch, logp):
+            return 0 * logp + math.log(2.0)
+
+    bag = Bag()
+    metrics = update(
+        bag, Twice(Settings(min_prob=0.0)), [drawn_episode(1, 0, [1.0]), drawn_episode(2)]
+    )
+    assert metrics["ratio"] == pytest.approx(2) and metrics["clipfrac"] == pytest.approx(2 / 6)
+    assert metrics["loss"] == pytest.approx((-1.3 * 2 + 2 * 4) / 6, abs=1e-5)
+
+
+def test_the_mean_over_an_action_by_hand():
+    """Two rows, two actions in the first; also its gradient, and whose a token is."""
+    branching = pack([Pair([1, 2], [7, 8]), Pair([1, 2], [9])])
+    batch = empo2.collate([branching, pack([Pair([3], [4, 5, 6])])])
+    values = torch.tensor([[9.0, 9, 1, 3, 9, 5], [9, 2, 2, 8, 9, 9]], requires_grad=True)
+    mean = batch.action_mean(values)
+    assert mean.tolist() == [[0, 0, 2, 2, 0, 5], [0, 4, 4, 4, 0, 0]]
+    mean[1, 1].backward()
+    assert values.grad[1].tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 0, 0])
+    assert not values.grad[0].any()
 
 
 # --- Settings and docstrings ----------------------------------------------------------------------

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from algorithms.shuffled_tips import ShuffledTips
@@ -29,6 +30,7 @@ def test_the_player_knows_how_to_play_and_no_task():
     assert shares["of them true"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_player_of_scienceworld_does_too():
     """On the real simulator, an episode of each plant."""
     shares = make_stages.check(make_stages.FOLDER, episodes=1)
@@ -77,6 +79,7 @@ def test_shuffled_tips_keep_all_but_what_they_say():
     assert set(held.scores) == {58} and sum(held.trials) == 100
 
 
+@pytest.mark.slow
 def test_empo2_beats_grpo_and_the_off_policy_update_is_why(tmp_path):
     """Tip-free success, mean of the last three evaluations.
 

@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 import empo2
 import envs
 import eval as evaluation
+import memory
 import rollout
+import settings
 import train
 from engine import runs
-from policy import Policy
+from policy import Policy, load_policy
 
 HOUSE = {"rooms": 1, "containers": 1, "step_limit": 4}
 TIP = "I have not turned it on."
@@ -89,10 +91,12 @@ def random_player(tmp_path_factory):
 def success(run_dir, iteration):
     """Tip-free success on unseen variations, 64 episodes at the paper's temperature of 0.4."""
     s, _ = runs.read_checkpoint(run_dir / f"checkpoint-{iteration}")
-    policy = runs.load_policy(s, run_dir / f"checkpoint-{iteration}")
-    houses = [runs.make_env(s) for _ in range(64)]
-    pool = runs.task_pool(houses[0], s.tasks, "test", 4)
-    played = evaluation.evaluate(policy, houses, pool, 16, s, np.random.default_rng(0))
+    policy = load_policy(s, run_dir / f"checkpoint-{iteration}")
+    houses = [envs.from_settings(s) for _ in range(64)]
+    pool = envs.task_pool(houses[0], s.tasks, "test", 4)
+    played = evaluation.evaluate(
+        policy, houses, pool, 16, empo2.Algorithm(s), np.random.default_rng(0)
+    )
     return evaluation.table(played)["radio"]["share_100"]
 
 
@@ -106,16 +110,50 @@ def run(player, run_dir, iterations):
     return success(run_dir, 0), success(run_dir, iterations)
 
 
+@pytest.mark.slow
 def test_it_learns(random_player, tmp_path):
     before, after = run(random_player, tmp_path / "run", 20)
     assert before < 0.2 and after > 0.9
 
 
+@pytest.mark.slow
 def test_it_does_not_learn_with_the_sign_of_the_advantage_flipped(
     random_player, tmp_path, monkeypatch
 ):
     """The same measurement must fail then: what makes it pass is the advantage."""
-    advantages = empo2.group_advantages
-    monkeypatch.setattr(empo2, "group_advantages", lambda *args: -advantages(*args))
+    monkeypatch.setattr(empo2.Algorithm, "advantages", Flipped.advantages)
     before, after = run(random_player, tmp_path / "run", 10)
     assert before < 0.2 and after < 0.2
+
+
+class Flipped(empo2.Algorithm):
+    """What the episodes of a group lost by."""
+
+    def advantages(self, episodes):
+        returns = [-self.episode_return(e) for e in episodes]
+        found = empo2.group_advantages(returns, [e.job.group for e in episodes]).tolist()
+        return [[a] * len(e.turns) for a, e in zip(found, episodes, strict=True)]
+
+
+@pytest.mark.parametrize("cls, sign", [(empo2.Algorithm, 1), (Flipped, -1)])
+def test_an_iteration_makes_rewarded_actions_likelier(cls, sign):
+    """Of a real policy: the mean change of log-probs, weighted by the advantages of `Algorithm`."""
+    options = {"env": "house", "model": "standin", "min_prob": 0.0, "minibatch_episodes": 64}
+    algorithm = cls(
+        settings.Settings(learning_rate=1e-3, group_size=16, tasks_per_iteration=1, **options)
+    )
+    learner = train.make_learner(algorithm)
+    houses = [envs.make("house", rooms=2, step_limit=4) for _ in range(16)]
+    episodes, metrics = train.iterate(
+        0, learner, algorithm, houses, [("fan", 0)], memory.embedder(), rollout.no_progress
+    )
+    pairs = [turn.pair for e in episodes for turn in e.turns]
+    before = np.concatenate([pair.old_logps for pair in pairs])
+    for pair in pairs:
+        pair.old_logps = None
+    empo2.score_pairs(learner.policy, episodes, algorithm.s)
+    change = np.concatenate([pair.old_logps for pair in pairs]) - before
+    empo2.give_advantages(episodes, empo2.Algorithm(algorithm.s).advantages(episodes))
+    weight = np.concatenate([pair.advantages for pair in pairs])
+    assert metrics["optimizer_steps"] == 1 and weight.any()
+    assert sign * (weight * change).mean() > 0.001

@@ -1,9 +1,11 @@
 """Tip memory, novelty store and embedder.     pytest tests/test_memory.py"""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from memory import NoveltyStore, TipMemory, embedder
+from memory import NoveltyStore, TipMemory, best_first, embedder
 
 
 def unit(*values):
@@ -15,7 +17,7 @@ X, Y = np.eye(2)
 
 def filled(**options):
     """Tips whose cosines with X are 1, 0.8, 0.6 and 0.4, with scores 1, 2, 3 and 4."""
-    memory = TipMemory(**options)
+    memory = TipMemory(order=partial(best_first, **options))
     for score, cosine in enumerate((1.0, 0.8, 0.6, 0.4), 1):
         memory.add(unit(cosine, np.sqrt(1 - cosine**2)), f"cos {cosine}", score, "slot")
     return memory
@@ -81,15 +83,15 @@ def test_of_tips_with_equal_scores_the_one_that_served_better_goes_first():
 def test_novelty_is_one_over_the_visits_to_similar_states_of_the_slot():
     novelty = NoveltyStore()
     visits = [X, unit(1, 1.7), unit(1, 1.8), X, Y]  # cosines with X: 0.507, 0.486
-    assert novelty.rewards(visits, "s") == [1, 1 / 2, 1, 1 / 3, 1 / 2]
-    assert novelty.rewards(visits, "s")[0] == 1 and len(novelty) == 0  # asking stores nothing
+    assert novelty.visits(visits, "s") == [1, 2, 1, 3, 2]
+    assert len(novelty) == 0  # asking stores nothing
     novelty.add(visits, "s")
-    assert novelty.rewards([X, Y, X], "s") == [1 / 4, 1 / 3, 1 / 5]
-    assert novelty.rewards([unit(1, 1.2)], "s") == [1 / 3]  # like both, more like the second
-    assert novelty.rewards([X], "t") == [1] and len(novelty) == 2
-    assert NoveltyStore(0.6).rewards([X, np.array([0.6, 0.8])], "s") == [1, 1 / 2]
+    assert novelty.visits([X, Y, X], "s") == [4, 3, 5]
+    assert novelty.visits([unit(1, 1.2)], "s") == [3]  # like both, more like the second
+    assert novelty.visits([X], "t") == [1] and len(novelty) == 2
+    assert NoveltyStore(0.6).visits([X, np.array([0.6, 0.8])], "s") == [1, 2]
     novelty.add([np.zeros(2)] * 2, "s")  # texts without words are like nothing but each other
-    assert novelty.rewards([np.zeros(2), X], "s") == [1 / 3, 1 / 4]
+    assert novelty.visits([np.zeros(2), X], "s") == [3, 4]
 
 
 @pytest.mark.parametrize("kind", [TipMemory, NoveltyStore])
@@ -155,12 +157,15 @@ def test_a_sentence_encoder_is_mean_pooled_and_a_missing_one_is_one_line(tmp_pat
 
 def test_at_a_threshold_of_1_a_text_is_still_like_itself():
     texts = [f"the {word} is in the box {n}" for n in range(20) for word in ("radio", "fan")]
-    tips, novelty = TipMemory(threshold=1.0, max_tips=1), NoveltyStore(1.0)
+    tips, novelty = (
+        TipMemory(order=partial(best_first, threshold=1.0, max_tips=1)),
+        NoveltyStore(1.0),
+    )
     for key, text in zip(embedder()(texts), texts, strict=True):
         tips.add(key, text, 0, "task")
         novelty.add([key], "task")
         assert tips.retrieve(key, "task") == [text]
-        assert novelty.rewards([key], "task") == [0.5]
+        assert novelty.visits([key], "task") == [2]
 
 
 def test_a_full_novelty_store_forgets_the_state_that_was_met_least():
@@ -168,11 +173,11 @@ def test_a_full_novelty_store_forgets_the_state_that_was_met_least():
     x, y, z = np.eye(3)
     novelty.add([x, x, y, z], "task")
     assert len(novelty) == 2
-    assert novelty.rewards([x], "task") == [1 / 3] and novelty.rewards([z], "task") == [1 / 2]
-    assert novelty.rewards([y], "task") == [1], "the oldest of those met once made room"
+    assert novelty.visits([x], "task") == [3] and novelty.visits([z], "task") == [2]
+    assert novelty.visits([y], "task") == [1], "the oldest of those met once made room"
     before = novelty.slots["task"].keys.copy()
-    assert novelty.rewards([y, y, z], "task") == [1, 1 / 2, 1]  # y takes the place of z
+    assert novelty.visits([y, y, z], "task") == [1, 2, 1]  # y takes the place of z
     assert (novelty.slots["task"].keys == before).all(), "asking makes no room in the store"
     equals = NoveltyStore(capacity=2)
     equals.add([x, y, z], "task")
-    assert [equals.rewards([key], "task") for key in (x, y, z)] == [[1], [1 / 2], [1 / 2]]
+    assert [equals.visits([key], "task") for key in (x, y, z)] == [[1], [2], [2]]

@@ -3,13 +3,12 @@
 import random
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from empo2 import Pair
+from empo2 import Pair, collate
 from engine.cache import DialogueCache
-from engine.packing import PASS, Row, collate, groups, micro_batches, pack, visibility
+from engine.packing import PASS, Row, groups, micro_batches, pack, shared_length, visibility
 
 
 def random_pairs(rng):
@@ -22,7 +21,7 @@ def random_pairs(rng):
             whole = earlier.prompt + earlier.action
             prompt = whole[: rng.randint(1, len(whole))]  # now and then its very prompt
         prompt = prompt + rng.choices([1, 2, 3], k=rng.randint(0, 4))
-        pairs.append(Pair(prompt, rng.choices([1, 2, 3], k=rng.randint(1, 3)), rng.random()))
+        pairs.append(Pair(prompt, rng.choices([1, 2, 3], k=rng.randint(1, 3))))
     return pairs
 
 
@@ -46,11 +45,12 @@ def test_every_action_token_sees_its_own_pair_and_nothing_else(seed):
 
 
 def test_what_is_shared_is_there_once():
-    turns = [Pair([1, 2], [7, 9], 0.0), Pair([1, 2, 7, 9, 3], [8, 9], 0.0)]
+    assert [shared_length(a, b) for a, b in (([1, 2], [1]), ([1], [1, 2]), ([2], [1]))] == [1, 1, 0]
+    turns = [Pair([1, 2], [7, 9]), Pair([1, 2, 7, 9, 3], [8, 9])]
     row = pack(turns)
     assert row.ids == [1, 2, 7, 9, 3, 8, 9] and row.is_sequence()
     assert row.spans == [(2, turns[0]), (5, turns[1])]
-    with_tips = Pair([1, 2, 7, 9, 3, 4], [8, 9], 0.0)
+    with_tips = Pair([1, 2, 7, 9, 3, 4], [8, 9])
     row = pack([with_tips, *turns])  # in any order
     assert row.ids == [1, 2, 7, 9, 3, 4, 8, 9, 3, 8, 9] and not row.is_sequence()
     assert row.ends == [11, 11, 11, 11, 8, 8, 8, 8, 11, 11, 11]
@@ -105,56 +105,29 @@ class NoModel:
         return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 1))
 
 
-def test_little_of_what_is_computed_is_padding():
-    """128 episodes of 30 turns, a few shorter; lengths as they are met in ScienceWorld."""
-    rng = np.random.default_rng(0)
-    turns = np.where(rng.random(128) < 0.7, 30, rng.integers(5, 30, 128))
-    observations = rng.choice(
-        [13, 14, 30, 60, 103, 235], (128, 30), p=[0.25, 0.3, 0.2, 0.1, 0.1, 0.05]
-    )
-    tips = rng.integers(90, 240, (128, 30)) * (rng.random((128, 30)) < 0.25)
-    actions = rng.integers(3, 8, (128, 30))
-    for with_tips in (False, True):
-        cache = DialogueCache()
-        dialogues = [[1] * 700 for _ in range(128)]
-        for t in range(30):
-            live = [lane for lane in range(128) if t < turns[lane]]
-            prompts = []
-            for lane in live:
-                dialogues[lane] += [2] * observations[lane, t]
-                prompts.append(dialogues[lane] + [3] * with_tips * tips[lane, t] + [4, 5, 6])
-                dialogues[lane] += [4, 5, 6] + [7] * actions[lane, t]
-            cache.extend(NoModel(), prompts, live)
-            for held, lane in zip(cache.held, live, strict=False):
-                held += [7] * actions[lane, t]  # as sampled
-        assert cache.tokens_computed <= 1.15 * cache.tokens_needed
-
-    onpolicy = tips * (rng.random((128, 30)) < 1 / 3)
-    for first in range(0, 128, 16):  # an optimiser step
-        rows = []
-        for lane in range(first, first + 16):
-            own = slice(turns[lane])
-            branches = onpolicy[lane, own]
-            length = 700 + (observations + actions)[lane, own].sum() + branches.sum()
-            rows.append(flat(length, is_sequence=not branches.any()))
-        for most in (6144, 16384):
-            computed = 0
-            for batch in micro_batches(rows, most):
-                computed += len(batch) * max(len(row.ids) for row in batch)
-            assert computed <= 1.15 * sum(len(row.ids) for row in rows)
+def test_prompts_of_like_lengths_are_computed_together():
+    cache = DialogueCache()
+    lengths = (10, 900, 11, 910, 905)
+    cache.extend(NoModel(), [[n] * n for n in lengths], range(5))
+    assert (cache.tokens_needed, cache.tokens_computed) == (sum(lengths), 2 * 11 + 3 * 910)
 
 
 def test_the_literal_tensors_of_a_batch():
-    branching = pack([Pair([1, 2], [7, 8], 0.5, [-1.0, -2.0]), Pair([1, 2], [9], -1.0)])
-    batch = collate([branching, pack([Pair([3], [4], 2.0, [-3.0])])])
+    branching = pack(
+        [
+            Pair([1, 2], [7, 8], [-1.0, -2.0], advantages=[0.5, 0.25]),
+            Pair([1, 2], [9], advantages=[-1.0]),
+        ]
+    )
+    batch = collate([branching, pack([Pair([3], [4], [-3.0], advantages=[2.0])])])
     assert batch.ids.tolist() == [[1, 2, 7, 8, 2, 9], [3, 4, 0, 0, 0, 0]]
     assert batch.mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
     assert batch.old_logps.tolist() == [[0, 0, -1, -2, 0, 0], [0, -3, 0, 0, 0, 0]]
-    assert batch.advantages.tolist() == [[0, 0, 0.5, 0.5, 0, -1], [0, 2, 0, 0, 0, 0]]
+    assert batch.advantages.tolist() == [[0, 0, 0.5, 0.25, 0, -1], [0, 2, 0, 0, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 1, 2], [0, 1, 0, 0, 0, 0]]
     own = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
     own += [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1]]
     assert batch.visible[0].int().tolist() == own
     assert batch.visible.diagonal(dim1=1, dim2=2).all()  # padding, too, sees itself: no NaN
-    plain = collate([pack([Pair([3], [4], 2.0)]), flat(3)])
+    plain = collate([pack([Pair([3], [4])]), flat(3)])
     assert plain.positions is None and plain.visible is None

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import empo2
 import rollout
-from engine import hardware, runs
+from engine import hardware
 from engine.cache import BLOCK, DialogueCache, key_width
-from engine.packing import collate, pack
-from policy import Policy, inverse_cdf
+from engine.packing import pack
+from policy import Policy, inverse_cdf, load_policy
 from settings import Settings
 
 HOSTILE = ["", " ", "x" * 10_000, "two\nlines", "ünï 中文 🙂 \x00\x1b[31m", "<|endoftext|>"]
@@ -63,8 +63,8 @@ def tolerances(policy, temperature=1.0):
 def score(policy, prompts, actions, temperature=1.0, reference=False):
     """Log-probs of each action after its prompt, each pair in a row of its own."""
     pairs = zip(prompts, actions, strict=True)
-    rows = [pack([empo2.Pair(prompt, action, 0.0)]) for prompt, action in pairs]
-    batch = collate(rows)
+    rows = [pack([empo2.Pair(prompt, action)]) for prompt, action in pairs]
+    batch = empo2.collate(rows)
     logp, _ = policy.logprobs(batch.ids, batch.mask, temperature, reference=reference)
     return [values[mask] for values, mask in zip(logp, batch.mask, strict=True)]
 
@@ -78,9 +78,9 @@ def played_episode(policy, seed=0, turns=3):
     for t in range(turns):
         turn = rollout.Turn(f"You see box {t}.", policy.message("user", f"You see box {t}."))
         if t:
-            turn.tip_ids = rollout.tips_message(policy, ["open the box", "it is in the box"])
+            turn.shown_ids = rollout.tips_message(policy, ["open the box", "it is in the box"])
         episode.turns.append(turn)
-        prompt = episode.prompt(t, with_tips=True)
+        prompt = episode.prompt(t, turn.shown_ids)
         (turn.action_ids,), (turn.logps,) = policy.sample([prompt], [rng.random(8)], 1.0, [seed])
         turn.past_ids = rollout.past(policy, turn)
     episode.turns[0].reward = float(seed)
@@ -94,7 +94,9 @@ def gradients(policy, logp):
 def an_update(policy, learning_rate, episodes=3):
     played = [played_episode(policy, seed) for seed in range(episodes)]
     optimizer = torch.optim.AdamW(policy.trainable(), lr=learning_rate)
-    return empo2.update(policy, optimizer, played, Settings(), np.random.default_rng(0))
+    return empo2.update(
+        policy, optimizer, played, empo2.Algorithm(Settings()), np.random.default_rng(0)
+    )
 
 
 # --- Sampling and scoring -------------------------------------------------------------------------
@@ -153,7 +155,7 @@ def test_the_three_kinds_of_turn_in_a_packed_row(either):
 
     episode = played_episode(policy)
     episode.turns[2].offpolicy = True
-    pairs = list(empo2.training_pairs(episode, Settings()))
+    pairs = list(empo2.Algorithm(Settings()).training_pairs(episode))
     never = template("system", "You are in a house.")
     for turn in episode.turns:
         never += template("user", turn.observation) + turn.action_ids
@@ -172,7 +174,7 @@ def test_the_three_kinds_of_turn_in_a_packed_row(either):
     row = pack(pairs)
     pairs_in_row = [pairs.index(pair) for _, pair in row.spans]
     alone = torch.cat([alone[i] for i in pairs_in_row])
-    batch = collate([row])
+    batch = empo2.collate([row])
     logp, entropy = policy.logprobs(batch.ids, batch.mask, 1.0, batch.positions, batch.visible)
     packed = logp[batch.mask]
     torch.testing.assert_close(packed, alone, atol=atol, rtol=0)
@@ -188,13 +190,13 @@ def test_an_update_is_the_same_with_what_a_gpu_needs(policy, checkpoint, options
     """A step of SGD on the same episodes; no mask, which rounding may push a token across."""
     other = load(checkpoint, **options)
     episodes = [played_episode(policy, seed) for seed in range(3)]
-    s = Settings(min_prob=0.0, max_grad_norm=1e6)
+    algorithm = empo2.Algorithm(Settings(min_prob=0.0, max_grad_norm=1e6))
     steps = []
     for learner in (policy, other):
         before = [p.detach().clone() for p in learner.trainable()]
         assert {p.dtype for p in before} == {torch.float32}
         sgd = torch.optim.SGD(learner.trainable(), lr=1.0)
-        empo2.update(learner, sgd, copy.deepcopy(episodes), s, np.random.default_rng(0))
+        empo2.update(learner, sgd, copy.deepcopy(episodes), algorithm, np.random.default_rng(0))
         with torch.no_grad():
             for parameter, old in zip(learner.trainable(), before, strict=True):
                 steps.append(parameter - old)
@@ -283,11 +285,11 @@ def test_every_prompt_is_what_qwen3s_template_makes(qwen3):
     for t, answer in enumerate(answers):
         messages.append(("user", f"room {t}\n"))
         turn = rollout.Turn("", qwen3.message("user", f"room {t}\n"), next_observation="end")
-        turn.tip_ids = rollout.tips_message(qwen3, ["go"])
+        turn.shown_ids = rollout.tips_message(qwen3, ["go"])
         episode.turns.append(turn)
         tips = ("user", rollout.TIPS_TEXT.format("- go"))
-        assert episode.prompt(t, False) == template(messages)
-        assert episode.prompt(t, True) == template([*messages, tips])
+        assert episode.prompt(t) == template(messages)
+        assert episode.prompt(t, turn.shown_ids) == template([*messages, tips])
         turn.action_ids = [*qwen3.encode(answer), qwen3.end_id]
         turn.past_ids = rollout.past(qwen3, turn)
         messages.append(("assistant", answer))
@@ -300,9 +302,9 @@ def test_qwen3_samples_what_it_scores(qwen3):
     """Dialogues whose past is not what was sampled: in the cache, and packed in a row."""
     episode = played_episode(qwen3, turns=4)
     episode.turns[2].offpolicy = True
-    pairs = list(empo2.training_pairs(episode, Settings()))
+    pairs = list(empo2.Algorithm(Settings()).training_pairs(episode))
     row = pack(pairs)
-    batch = collate([row])
+    batch = empo2.collate([row])
     logp, _ = qwen3.logprobs(batch.ids, batch.mask, 1.0, batch.positions, batch.visible)
     for start, pair in row.spans:
         scored = logp[0, start : start + len(pair.action)]
@@ -410,7 +412,7 @@ def test_a_step_is_recorded_once_for_each_size(policy, monkeypatch):
     def record(step):
         """As a graph on a GPU: tied to the tensors that it was recorded with."""
         (keys, values), *_ = policy.cache.layers.values()
-        sizes.append((len(policy.cache.rows), policy.cache.width))
+        sizes.append((len(policy.cache.indexes), policy.cache.width))
 
         def replay():
             assert policy.cache.layers[0][0] is keys and policy.cache.layers[0][1] is values
@@ -474,20 +476,20 @@ def test_four_bit_learns_saves_and_reloads(checkpoint, tmp_path):
 def test_a_gpu_is_only_a_place(monkeypatch):
     """A CPU that says it is a card gets all of a card's defaults, and they reach the model."""
     monkeypatch.setattr(hardware, "find_place", lambda: hardware.Place("cpu", "H100", 80.0))
-    s, reasons = hardware.defaults(Settings(env="house", model="standin", context=1000))
+    s, reasons = hardware.defaults(Settings(env="house", model="standin", context=1000), ["fan"])
     assert "  dtype = bfloat16  (H100, 80 GB: half the memory of float32, and faster)" in reasons
-    policy = runs.load_policy(s)
+    policy = load_policy(s)
     weights = {p.dtype for p in policy.model.parameters() if not p.requires_grad}
     assert weights == {torch.bfloat16} and policy.model.is_gradient_checkpointing
     monkeypatch.undo()
-    s, _ = hardware.defaults(Settings(env="house", dtype="bfloat16"))
+    s, _ = hardware.defaults(Settings(env="house", dtype="bfloat16"), ["fan"])
     assert (s.dtype, s.gradient_checkpointing, s.load_in_4bit) == ("bfloat16", False, False)
 
 
 def test_the_context_fits_the_model():
-    runs.load_policy(Settings(env="house", model="standin", context=8192))
+    load_policy(Settings(env="house", model="standin", context=8192))
     with pytest.raises(ValueError, match=r"has 8192 positions; lower --context \(8193\)"):
-        runs.load_policy(Settings(env="house", model="standin", context=8193))
+        load_policy(Settings(env="house", model="standin", context=8193))
 
 
 def test_models_that_cannot_be_used_get_one_line(tmp_path, checkpoint, monkeypatch):

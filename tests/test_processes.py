@@ -1,6 +1,5 @@
-"""Several processes are one run: its numbers, one line when it fails, and nobody left waiting."""
+"""Several processes are one run: its numbers, one line when it fails, and it goes on."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
-from test_train import SMALL, timeless, weights
+from test_train import SMALL, start, timeless, weights
 from tqdm import tqdm
 
 import train
@@ -52,30 +51,6 @@ def second_is_out_of_memory(rank):
         train.empo2.accumulate_gradient = full
 
 
-def second_has_a_number_that_is_not_finite(rank):
-    def spoil(policy, rows, s):
-        recompute(policy, rows, s)
-        for row in rows:
-            for _, pair in row.spans:
-                pair.old_logps[0] = float("nan")
-        return []
-
-    recompute = train.empo2.recompute_old_logps
-    if rank == 1:
-        train.empo2.recompute_old_logps = spoil
-
-
-def first_is_busy(rank):
-    def save(run_dir, iteration, *args):
-        if iteration == 1:
-            time.sleep(600)
-        real(run_dir, iteration, *args)
-
-    real = runs.save_checkpoint
-    if rank == 0:
-        runs.save_checkpoint = save
-
-
 @pytest.fixture(scope="module")
 def server():
     """Imports everything once."""
@@ -88,161 +63,123 @@ def server():
         yield context
 
 
-class Launch:
-    """`ranks` of `count` processes of train.py, with a store, as torchrun has one, or a port."""
-
-    def __init__(self, server, argv, ranks, count, act=nothing, port=None):
-        hosted = port is None
-        if hosted:
-            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            port = self.store.port
-        self.processes = []
-        self.reader, output = server.Pipe(duplex=False)
-        for rank in ranks:
-            args = (rank, count, port, hosted, argv, output, act)
-            self.processes.append(server.Process(target=child, args=args))
-            self.processes[-1].start()
-        output.close()
-
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-
-    def end(self):
-        """(exit codes, the lines that say why, all that was said); -9 if it takes minutes."""
-        limit = threading.Timer(200, self.kill)
-        limit.start()
-        with open(self.reader.fileno(), closefd=False, errors="replace") as file:
-            said = file.read()
-        for process in self.processes:
-            process.join()
-        limit.cancel()
-        lines = [x for x in said.splitlines() if x.startswith(("train.py: ", "stopped"))]
-        return [process.exitcode for process in self.processes], lines, said
-
-
 @pytest.fixture
 def launch(server):
+    """`ranks` of `count` processes of train.py, with a store, as torchrun has one, or a port.
+
+    Returns the processes and a function that waits for them -> (exit codes, the lines that say why,
+    all that was said).
+    """
+
     def launch(argv, ranks=(0, 1), count=2, act=nothing, port=None):
-        started.append(Launch(server, [str(word) for word in argv], ranks, count, act, port))
-        return started[-1]
+        hosted, argv = port is None, [str(word) for word in argv]
+        if hosted:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            stores.append(store)
+            port = store.port
+        reader, output = server.Pipe(duplex=False)
+        args = (count, port, hosted, argv, output, act)
+        ours = [server.Process(target=child, args=(rank, *args)) for rank in ranks]
+        for process in ours:
+            process.start()
+        started.extend(ours)
+        output.close()
 
-    started = []
+        def end():
+            limit = threading.Timer(200, lambda: [process.kill() for process in ours])
+            limit.start()
+            with open(reader.fileno(), closefd=False, errors="replace") as file:
+                said = file.read()
+            for process in ours:
+                process.join()
+            limit.cancel()
+            lines = [x for x in said.splitlines() if x.startswith(("train.py: ", "stopped"))]
+            return [process.exitcode for process in ours], lines, said
+
+        return ours, end
+
+    started, stores = [], []
     yield launch
-    for launched in started:
-        launched.kill()
-
-
-def until_played(run_dir, launched):
-    while not runs.records(run_dir / "metrics.jsonl"):
-        assert launched.processes[0].is_alive()
-        time.sleep(0.05)
+    for process in started:
+        process.kill()
 
 
 # --- One run --------------------------------------------------------------------------------------
-LEARN = [*SMALL, "--iterations", "3", "--learning-rate", "1e-4", "--rollout-batch", "2"]
+LEARN = ["--iterations", "3", "--learning-rate", "1e-4", "--rollout-batch", "2"]
 LEARN += ["--eval-every", "3", "--eval-variations", "1", "--eval-episodes", "1"]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    assert train.main([*LEARN, "--run-dir", str(run_dir)]) == 0
+    assert start(run_dir, *LEARN) == 0
     return run_dir
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_play_and_learn_what_one_does(count, alone, launch, tmp_path):
-    """Also where some have no row in a step, and no episode in an evaluation."""
-    run_dir = tmp_path / "run"
-    codes, _, said = launch([*LEARN, "--run-dir", run_dir], range(count), count).end()
-    assert codes == [0] * count, said
+def test_several_processes_play_and_learn_what_one_does(alone, launch, tmp_path):
+    """Also where some have no row in a step, and no episode in an evaluation: two for three."""
+    codes, _, said = launch([*SMALL, *LEARN, "--run-dir", tmp_path], range(3), 3)[1]()
+    assert codes == [0] * 3, said
     assert said.count("iteration 3 of 3") == said.count("look at its episodes") == 1
-    assert runs.records(run_dir / "episodes.jsonl") == runs.records(alone / "episodes.jsonl")
+    assert runs.records(tmp_path / "episodes.jsonl") == runs.records(alone / "episodes.jsonl")
     for memory in ("tips.npz", "novelty.npz"):
-        ours, theirs = (np.load(d / "checkpoint-3" / memory) for d in (run_dir, alone))
+        ours, theirs = (np.load(d / "checkpoint-3" / memory) for d in (tmp_path, alone))
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
-    ours, theirs, first = weights(run_dir, 3), weights(alone, 3), weights(alone, 0)
+    ours, theirs, first = weights(tmp_path, 3), weights(alone, 3), weights(alone, 0)
     moved = max((theirs[name] - first[name]).abs().max() for name in theirs)
     gap = max((theirs[name] - ours[name]).abs().max() for name in theirs)
-    print(f"\n{count} processes: weights moved by {moved:.1e}, and differ by {gap:.1e}")
-    assert gap < 1e-6 < 1e-4 < moved
-    assert timeless(run_dir / "evals.jsonl") == timeless(alone / "evals.jsonl")
-    metrics = [timeless(each / "metrics.jsonl") for each in (run_dir, alone)]
+    assert gap < 1e-6 < 1e-4 < moved, f"weights moved by {moved:.1e}, and differ by {gap:.1e}"
+    assert timeless(tmp_path / "evals.jsonl") == timeless(alone / "evals.jsonl")
+    metrics = [timeless(each / "metrics.jsonl") for each in (tmp_path, alone)]
     for ours, theirs in zip(*metrics, strict=True):
         known = {name: value for name, value in theirs.items() if value is not None}
         assert ours.keys() == theirs.keys()
         assert {name: ours[name] for name in known} == pytest.approx(known, rel=1e-4, abs=2e-5)
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_iteration(launch, tmp_path):
-    run_dir = tmp_path / "run"
-    command = [*SMALL, "--run-dir", run_dir, "--iterations", 10000, "--save-every", 1000]
-    launched = launch(command)
-    until_played(run_dir, launched)
-    os.kill(launched.processes[1].pid, signal.SIGTERM)
-    codes, lines, said = launched.end()
-    assert codes == [130, 130] and len(lines) == 1, said
-    done = len(runs.records(run_dir / "metrics.jsonl"))
-    assert runs.checkpoints(run_dir) == [0, done]
+def test_a_signal_stops_all_after_the_same_iteration_and_a_lost_one_is_said(launch, tmp_path):
+    """To one process; the run goes on. Of the other it is said, once, how to go on."""
+    new = [*SMALL, "--run-dir", tmp_path, "--iterations", 10000, "--save-every", 1000]
+    go_on = ["--resume", "--run-dir", tmp_path, "--save-every", 1000]
+    done = 0
+    for argv, stop in ((new, signal.SIGTERM), (go_on, signal.SIGKILL)):
+        both, end = launch(argv)
+        while len(runs.records(tmp_path / "metrics.jsonl")) <= done:
+            assert all(process.is_alive() for process in both)
+            time.sleep(0.05)
+        os.kill(both[1].pid, stop)
+        codes, lines, said = end()
+        assert len(lines) == 1 and "0x" not in said, said
+        if stop == signal.SIGTERM:
+            assert codes == [130, 130] and lines[0].endswith("continues")
+            done = len(runs.records(tmp_path / "metrics.jsonl"))
+            assert runs.checkpoints(tmp_path) == [0, done]
+    assert codes == [2, -signal.SIGKILL]
+    assert lines == ["train.py: another process was lost; the same launch with --resume continues"]
+    assert start(tmp_path, "--resume", "--save-every", 1, "--iterations", done + 1) == 0
+    played = [m["iteration"] for m in runs.records(tmp_path / "metrics.jsonl")]
+    assert played == list(range(done + 1))
 
 
-# --- A process that is lost -----------------------------------------------------------------------
-@pytest.mark.parametrize("victim, act", [(0, nothing), (1, first_is_busy)])
-def test_the_survivor_of_a_kill_ends_and_the_run_goes_on(victim, act, launch, tmp_path):
-    run_dir = tmp_path / "a run"
-    launched = launch([*SMALL, "--run-dir", run_dir, "--iterations", 10000], act=act)
-    until_played(run_dir, launched)
-    time.sleep(1)
-    launched.processes[victim].kill()
-    since = time.monotonic()
-    codes, lines, said = launched.end()
-    print(f"\nthe other process ended {time.monotonic() - since:.1f} s after the kill")
-    assert time.monotonic() - since < 60
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 2
-    assert len(lines) == 1 and "another process was lost" in lines[0] and "0x" not in said
-    assert lines[0].endswith(f"--resume --run-dir '{run_dir}' continues")
-    start = runs.checkpoints(run_dir)[-1]
-    resume = ["--resume", "--run-dir", str(run_dir), "--iterations"]
-    assert launch([*resume, start + 1]).end()[0] == [0, 0]
-    assert train.main([*resume, str(start + 2)]) == 0
-    played = [m["iteration"] for m in runs.records(run_dir / "metrics.jsonl")]
-    assert played == list(range(start + 2))
-
-
-def test_a_process_that_fails_says_why_and_ends_the_others(launch, tmp_path):
-    run_dir = tmp_path / "run"
-    launched = launch([*SMALL, "--run-dir", run_dir], act=second_is_out_of_memory)
-    codes, lines, said = launched.end()
+# --- One line -------------------------------------------------------------------------------------
+def test_a_process_that_fails_says_why_and_the_other_ends(launch, tmp_path):
+    codes, lines, said = launch([*SMALL, "--run-dir", tmp_path], act=second_is_out_of_memory)[1]()
     assert codes == [2, 1] and len(lines) == 1 and "--micro-tokens" in lines[0], said
 
 
-def test_a_gradient_that_is_not_finite_stops_all(launch, tmp_path):
-    run_dir = tmp_path / "run"
-    act = second_has_a_number_that_is_not_finite
-    command = [*SMALL, "--run-dir", run_dir, "--minibatch-episodes", 6, "--min-prob", 0]
-    codes, lines, said = launch(command, act=act).end()
-    assert 2 in codes and 0 not in codes and len(lines) == 1, said
-    assert "not finite" in lines[0] and lines[0].endswith("nonfinite-0")
-    pairs = json.loads((run_dir / "nonfinite-0" / "pairs.json").read_text())
-    spoilt = [pair for pair in pairs if np.isnan(pair["old_logps"][0])]
-    assert 0 < len(spoilt) < len(pairs), "those of both processes"
-
-
-# --- Bad input ------------------------------------------------------------------------------------
 def test_what_cannot_run_is_one_line(launch, tmp_path, monkeypatch):
     new = [*SMALL, "--run-dir", tmp_path / "new"]
-    codes, lines, said = launch([*new, "--group-size", 1], range(3), 3).end()
-    assert 0 not in codes and len(lines) == 1 and "lower --num_processes" in lines[0], said
-    codes, lines, said = launch([*new, "--context", 20]).end()
-    assert 0 not in codes and len(lines) == 1 and "no room" in lines[0], said
-    codes, lines, said = launch(new, [1], act=no_patience).end()
-    assert codes == [2] and len(lines) == 1 and "did not meet" in lines[0], said
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        codes, lines, said = launch(new, [0], port=taken.getsockname()[1]).end()
-    assert codes == [2] and len(lines) == 1 and "another port" in lines[0], said
+        for wanted, *launched in (
+            ("lower --num_processes", [*new, "--group-size", 1], range(3), 3),
+            ("no room", [*new, "--context", 20]),
+            ("did not meet", new, [1], 2, no_patience),
+            ("another port", new, [0], 2, nothing, taken.getsockname()[1]),
+        ):
+            codes, lines, said = launch(*launched)[1]()
+            assert 0 not in codes and len(lines) == 1 and wanted in lines[0], said
     typo = [sys.executable, ROOT / "train.py", "--envs", "house"]
     silent = subprocess.run(typo, env={**os.environ, "RANK": "1"}, capture_output=True)
     assert silent.returncode == 2 and not silent.stderr, "process 0 says it"
@@ -257,8 +194,17 @@ def test_what_cannot_run_is_one_line(launch, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_torchrun(alone, tmp_path):
-    run_dir = tmp_path / "run"
+    """It plays the same. If one process is killed it ends the other, and the run goes on."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [ROOT / "train.py", *LEARN, "--run-dir", run_dir]
-    assert subprocess.run(command).returncode == 0
-    assert runs.records(run_dir / "episodes.jsonl") == runs.records(alone / "episodes.jsonl")
+    command += [ROOT / "train.py", "--run-dir", tmp_path]
+    assert subprocess.run([*command, *SMALL, *LEARN]).returncode == 0
+    assert runs.records(tmp_path / "episodes.jsonl") == runs.records(alone / "episodes.jsonl")
+    launcher = subprocess.Popen([*command, "--resume", "--iterations", "10000"])
+    while len(runs.records(tmp_path / "metrics.jsonl")) < 5:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], text=True)
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    assert launcher.wait(120)
+    done = runs.checkpoints(tmp_path)[-1]
+    assert start(tmp_path, "--resume", "--iterations", done + 1) == 0

