@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 import envs
-import eval as evaluation
 import train
+from engine import evaluations, play
 from experiments import sweep
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md")]
@@ -35,8 +35,17 @@ class Parsed(Exception):
     """The arguments were understood."""
 
 
-def understand(command, monkeypatch):
-    words = shlex.split(command)[1:]
+@pytest.fixture(scope="module")
+def my_idea(tmp_path_factory):
+    """The example of docs/forks.md, as it is pasted."""
+    text = (ROOT / "docs" / "forks.md").read_text(encoding="utf-8")
+    path = tmp_path_factory.mktemp("fork") / "my_idea.py"
+    path.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    return str(path)
+
+
+def understand(command, monkeypatch, my_idea):
+    words = shlex.split(command.replace("my_idea.py", my_idea))[1:]
     if words[0] == "-m":
         words = words[1:]
     name, argv = words[0].removesuffix(".py").replace("/", "."), words[1:]
@@ -51,7 +60,7 @@ def understand(command, monkeypatch):
             tasks = envs.from_settings(s).tasks() if s.env == "house" else s.tasks
             assert set(s.tasks) <= set(tasks)
     elif name == "eval":
-        evaluation.parse(argv)
+        evaluations.parse(argv, "")
     elif name == "experiments.sweep":
         sweep.common_settings(*sweep.parse(argv))
     else:
@@ -63,18 +72,20 @@ def understand(command, monkeypatch):
 
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
         with pytest.raises(Parsed):
+            if name == "envs":
+                play.main(envs.make, envs.parse_options, envs.ENVS)
             importlib.import_module(name).main()
 
 
 @pytest.mark.parametrize("where, command", commands())
-def test_every_written_command_is_understood(where, command, monkeypatch):
-    understand(command, monkeypatch)
+def test_every_written_command_is_understood(where, command, monkeypatch, my_idea):
+    understand(command, monkeypatch, my_idea)
 
 
-def test_a_wrong_command_would_be_noticed(monkeypatch):
+def test_a_wrong_command_would_be_noticed(monkeypatch, my_idea):
     for wrong in ("python train.py --env house --tasks power-component", "python eval.py"):
         with pytest.raises((ValueError, AssertionError)):
-            understand(wrong, monkeypatch)
+            understand(wrong, monkeypatch, my_idea)
 
 
 EXAMPLES = [path for path in SOURCES if ">>> " in path.read_text(encoding="utf-8")]
