@@ -36,7 +36,7 @@ def fork(tmp_path, monkeypatch):
 
 
 # --- How it is found ------------------------------------------------------------------------------
-HEAD = "from empo2 import Algorithm\n"
+HEAD = "import dataclasses\nfrom empo2 import Algorithm\n"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ HEAD = "from empo2 import Algorithm\n"
         ),
         (
             "fork.py",
-            f"{HEAD}class S: pass\nclass A(Algorithm): Settings = S",
+            f"{HEAD}@dataclasses.dataclass\nclass S: pass\nclass A(Algorithm): Settings = S",
             "fork.py: its Settings must be a @dataclass",
         ),
     ],
@@ -67,9 +67,10 @@ HEAD = "from empo2 import Algorithm\n"
 def test_what_is_no_fork_is_refused_in_one_line(name, content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fork.py").write_text(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        settings.parse(["--algorithm", name])
-    assert "\n" not in str(caught.value)
+    for _ in range(2):  # what has failed is not half there
+        with pytest.raises(ValueError, match=message) as caught:
+            settings.parse(["--algorithm", name])
+        assert "\n" not in str(caught.value)
 
 
 def test_a_name_is_a_file_of_algorithms():
