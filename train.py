@@ -1,6 +1,6 @@
-"""EMPO² training: `python train.py --env scienceworld`. The loop in `train` is Algorithm 1.
+"""EMPO² training: `python train.py --env scienceworld`. `iterate` is one iteration of Algorithm 1.
 
-A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRESET-SEED):
+A run leaves in its directory (default runs/ENV-TASK-SEED, with algorithm and preset if given):
   settings.json     every setting, with the defaults that the hardware decided
   metrics.jsonl     one line per iteration (docs/metrics.md)
   evals.jsonl       one line per tip-free evaluation on the test variations (--eval-every)
@@ -17,10 +17,10 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRES
   python train.py --resume --run-dir runs/scienceworld-power-component-0
   accelerate launch --num_processes 2 train.py --env scienceworld  # on two GPUs: docs/runs.md
 
-On --resume --iterations may grow, and --rollout-batch, --micro-tokens, --dtype, --load-in-4bit,
---gradient-checkpointing, --decode-graph, --save-every and --report-to may change. --model may name
-another place of the same model; its weights are compared. --algorithm (or --env) with the file that
-the run has goes on with it as it is now, if it was changed.
+When resuming, --iterations may be raised, and --rollout-batch, --micro-tokens, --dtype,
+--load-in-4bit, --gradient-checkpointing, --decode-graph, --save-every and --report-to may change.
+--model may name another place of the same model; its weights are compared. If you have edited the
+file of --algorithm or --env, give it again to resume with the edited version.
 """
 
 import sys
@@ -57,14 +57,14 @@ class Learner:
     novelty: memory.NoveltyStore
     episodes: int = 0  # played in training so far
     seconds: float = 0.0  # of training so far
-    best: tuple = (None, None)  # score and iteration of the best evaluation, the later of equals
+    best: tuple = (None, None)  # score and iteration of the best evaluation; ties: the later one
 
 
 def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
     """One iteration of Algorithm 1 -> (episodes, metrics)."""
     s = algorithm.s
     algorithm.iteration = iteration
-    # Each iteration has its own seed: a resumed run draws what the other would have drawn.
+    # A seed for each iteration: a resumed run draws what an uninterrupted one would have drawn.
     rng = np.random.default_rng([s.seed, iteration, 0])
     played = []  # jobs
 
@@ -88,7 +88,7 @@ def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
 def explore(learner, worlds, jobs, embed, algorithm, rng, clock):
     """Roll out, and let tips be written while the keys and values of the dialogues are at hand.
 
-    Once, unless simulator faults lose all the episodes.
+    Repeated, up to five times, if simulator faults lose all the episodes.
     """
     policy = learner.policy
     for _ in range(5):
@@ -138,7 +138,9 @@ def train(s, run_dir, start=None):
     interrupted = command.finish_on_interrupt()
     with logs.Display(s, start or 0, trackers) as display:
         for iteration in range(start or 0, s.iterations + 1):
-            stopping = bool(processes.gather(interrupted))  # asked once: what stops is saved
+            stopping = bool(
+                processes.gather(interrupted)
+            )  # read once, so that saving and stopping agree
             stop = iteration == s.iterations or stopping
             due = iteration == s.iterations or (again and iteration == start)
             due = s.eval_every and (due or iteration % s.eval_every == 0)
