@@ -6,6 +6,7 @@ Importing this file does not load torch.
 import argparse
 import math
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -263,6 +264,10 @@ def of_algorithm(name):
         return Settings, "empo2"
     algorithm = algorithm_class(name)
     own = algorithm.Settings
+    defined = vars(sys.modules[algorithm.__module__]).values()
+    unused = [c for c in defined if isinstance(c, type) and issubclass(c, Settings) and c != own]
+    if any(cls.__module__ == algorithm.__module__ for cls in unused):
+        raise ValueError(f"{name}: write `Settings = {unused[0].__name__}` in the class, too")
     if not issubclass(own, Settings) or "__dataclass_fields__" not in vars(own):
         raise ValueError(
             f"{name}: its Settings must be a @dataclass, and a subclass of settings.Settings"

@@ -66,11 +66,13 @@ def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
     algorithm.iteration = iteration
     # A seed for each iteration: a resumed run draws what an uninterrupted one would have drawn.
     rng = np.random.default_rng([s.seed, iteration, 0])
-    played = []  # jobs
+    lost = []  # how many of the jobs
 
     def play(jobs):
-        played.extend(jobs)
-        return explore(learner, worlds, jobs, embed, algorithm, rng, clock)
+        played = explore(learner, worlds, jobs, embed, algorithm, rng, clock)
+        learner.episodes += len(played)
+        lost.append(len(jobs) - len(played))
+        return played
 
     episodes = algorithm.collect(job_drawer(pool, s, rng), play)
     if not episodes:
@@ -81,8 +83,8 @@ def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
     metrics = {}
     if s.learning_rate:
         metrics = empo2.update(learner.policy, learner.optimizer, episodes, algorithm, rng, clock)
-    metrics |= algorithm.metrics(episodes)
-    return episodes, logs.rollout_metrics(episodes, len(played), learner) | metrics
+    metrics |= {"iteration": iteration, **logs.rollout_metrics(episodes, sum(lost), learner)}
+    return episodes, logs.with_own(metrics, algorithm.metrics(episodes))
 
 
 def explore(learner, worlds, jobs, embed, algorithm, rng, clock):
@@ -138,9 +140,7 @@ def train(s, run_dir, start=None):
     interrupted = command.finish_on_interrupt()
     with logs.Display(s, start or 0, trackers) as display:
         for iteration in range(start or 0, s.iterations + 1):
-            stopping = bool(
-                processes.gather(interrupted)
-            )  # read once, so that saving and stopping agree
+            stopping = bool(processes.gather(interrupted))  # read once: saving and stopping agree
             stop = iteration == s.iterations or stopping
             due = iteration == s.iterations or (again and iteration == start)
             due = s.eval_every and (due or iteration % s.eval_every == 0)
@@ -154,8 +154,7 @@ def train(s, run_dir, start=None):
                 break
             clock = logs.Clock(display.bar)
             episodes, metrics = iterate(iteration, learner, algorithm, worlds, pool, embed, clock)
-            metrics = {"iteration": iteration, **metrics, **clock.metrics()}
-            learner.episodes += len(episodes)
+            metrics |= clock.metrics()
             learner.seconds += sum(clock.seconds.values())
             runs.append(run_dir / "metrics.jsonl", [metrics])
             transcripts = [
@@ -236,7 +235,7 @@ def make_envs(policy, algorithm):
 def parse(argv):
     """(settings, what was decided), as `settings.parse`, with what the hardware decides."""
     s, notes = settings.parse(argv, __doc__)
-    s, reasons = hardware.defaults(s, envs.env_class(s.env).DEFAULT_TASKS)
+    s, reasons = hardware.defaults(s, envs.default_tasks(s))
     if reasons:
         notes += ["decided by the hardware:", *reasons]
     return s, notes
