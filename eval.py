@@ -244,14 +244,14 @@ def run(args):
 
 def run_settings(args):
     """(settings, the checkpoint to evaluate, its state); None for both of a base model."""
-    s, adapter, state = settings.Settings(), None, None
+    other, _ = settings.parse(args.settings)
+    s, adapter, state = type(other)(), None, None  # with the settings of its algorithm
     if args.run:
         adapter = evaluations.find_checkpoint(args.run)
         s, state = runs.read_checkpoint(adapter)
         for file in runs.changed_sources(adapter).values():
             print(f"{file} has changed since the checkpoint; it is used as it is", file=sys.stderr)
     changed = {"rollout_batch": None, "decode_graph": None}  # as this machine can
-    other, _ = settings.parse(args.settings)
     for option in settings.given(args.settings):
         changed[option] = getattr(other, option)
     for option in ("model", "tasks"):

@@ -73,6 +73,8 @@ def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
         return explore(learner, worlds, jobs, embed, algorithm, rng, clock)
 
     episodes = algorithm.collect(job_drawer(pool, s, rng), play)
+    if not episodes:
+        raise ValueError(f"{type(algorithm).__name__}.collect: returned no episode to learn from")
     rollout.give_intrinsic_rewards(episodes, learner.novelty, embed, algorithm)
     rollout.store_tips(episodes, learner.tip_memory, embed, algorithm)
     metrics = {}
