@@ -373,7 +373,7 @@ def give_advantages(episodes, estimated):
     """Give each token of each turn its advantage."""
     for episode, of_turns in zip(episodes, estimated, strict=True):
         for turn, advantage in zip(episode.turns, of_turns, strict=True):
-            length = len(turn.action_ids)
+            length = len(turn.pair.action)
             turn.pair.advantages = np.broadcast_to(advantage, length).tolist()
             turn.advantage = float(np.mean(turn.pair.advantages))
 
@@ -443,7 +443,12 @@ def accumulate_gradient(policy, rows, algorithm, denominator):
         with torch.no_grad():
             batch.ref_logp, _ = score_tokens(policy, batch, algorithm.s, reference=True)
     losses, sums = algorithm.loss(batch, logp)
+    if losses.shape != logp.shape:  # a mean would be divided once more
+        raise ValueError(
+            f"{type(algorithm).__name__}.loss: return a loss per token, {list(logp.shape)}, "
+            f"not {list(losses.shape)}"
+        )
     loss = losses.sum()
     (loss / denominator).backward()
     of_all = {"loss": loss, "entropy": batch.entropy.sum(), "tokens": batch.mask.sum()}
-    return sums | {name: value.item() for name, value in of_all.items()}
+    return {name: torch.as_tensor(value).item() for name, value in (sums | of_all).items()}

@@ -344,7 +344,7 @@ def store_tips(episodes, memory, embed, algorithm):
     for episode in episodes:
         shown = {tip for turn in episode.turns for tip in turn.shown}
         memory.judge(shown, episode.score, memory_slot(episode.job, s.memory_scope))
-    writers = algorithm.admitted([episode for episode in episodes if episode.tip])
+    writers = list(algorithm.admitted([episode for episode in episodes if episode.tip]))
     keys = embed([memory_text(e, e.turns[-1].next_observation, s.memory_key) for e in writers])
     for episode, key in zip(writers, keys, strict=True):
         slot = memory_slot(episode.job, s.memory_scope)

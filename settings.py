@@ -290,17 +290,21 @@ def config_words(path):
     """The settings in a YAML file, as words of a command line, but for `sweep`."""
     content = read_config(path)
     content.pop("sweep", None)
+    if "config" in content:
+        raise ValueError(f"--config {path}: cannot name another config")
     return with_home(as_words(content))
 
 
 def as_words(mapping):
-    """Settings as words of a command line.
+    """Settings as words of a command line; null is the default.
 
     >>> as_words({"lora_r": 4, "tasks": ["fan", "radio"], "load_in_4bit": True})
     ['--lora-r', '4', '--tasks', 'fan', 'radio', '--load-in-4bit']
     """
     words = []
     for name, value in mapping.items():
+        if value is None:
+            continue
         words.append(f"--{name}".replace("_", "-"))
         if value is not True:
             words += map(str, value if isinstance(value, list) else [value])

@@ -4,7 +4,9 @@ import io
 import re
 import tokenize
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import empo2
@@ -108,6 +110,39 @@ def test_its_preset_comes_with_it_and_is_said(tmp_path):
     s, notes = settings.parse(["--config", str(tmp_path / "mine.yaml")])
     assert (s.algorithm, s.preset, s.memory_prob, s.clip_high) == ("gspo", "grpo", 0.0, 0.1)
     assert notes == grpo
+
+
+def test_a_config_can_leave_a_setting_to_the_default_but_not_to_another_config(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("run_dir: null\nvariations:\nlora_r: 4\n")
+    s, _ = settings.parse(["--config", str(path)])
+    assert (s.run_dir, s.variations, s.lora_r) == (None, None, 4)
+    path.write_text("config: base.yaml\nlora_r: 4\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: cannot name another config$"):
+        settings.parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize("number", [np.float32(2), np.int64(2), torch.tensor(2.0)])
+def test_what_it_counts_may_be_a_number_of_any_kind(number, tmp_path):
+    (tmp_path / "log").touch()
+    runs.append(tmp_path / "log", [{"iteration": 0, "own": number}])
+    assert runs.records(tmp_path / "log") == [{"iteration": 0, "own": 2}]
+
+
+def test_an_iteration_without_an_episode_is_an_error_of_the_fork():
+    class Nothing(empo2.Algorithm):
+        def collect(self, draw, play):
+            return []
+
+    algorithm = Nothing(settings.Settings())
+    with pytest.raises(ValueError, match=r"^Nothing\.collect: returned no episode"):
+        train.iterate(0, None, algorithm, [], [], None, None)
+
+
+def test_a_base_model_is_evaluated_with_the_settings_of_the_algorithm():
+    words = "--model m --tasks radio -- --env house --algorithm gigpo".split()
+    s, *_ = evaluation.run_settings(evaluations.parse(words, ""))
+    assert (s.algorithm, s.step_weight) == ("gigpo", 1.0)
 
 
 def test_a_world_is_a_file(fork, capsys):

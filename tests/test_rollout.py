@@ -568,7 +568,7 @@ def test_which_tips_are_admitted():
     held = memory.slots["task/0"]
     assert (held.texts, held.scores) == (["old", "b"], [0, 9])
     assert (held.totals, held.trials) == ([0 + 5 + 9 + 7, 9], [4, 1])
-    none = type("None_", (Algorithm,), {"admitted": lambda self, episodes: []})
+    none = type("None_", (Algorithm,), {"admitted": lambda self, episodes: filter(None, [])})
     rollout.store_tips(episodes, memory, EMBED, none(Settings()))
     assert held.texts == ["old", "b"] and held.trials == [7, 1]
 
