@@ -42,7 +42,7 @@ what we do; a comment `# [n]` marks each place in the code. "Paper" is the text 
 12. The ratio is per token (authors; the paper writes it per action; algorithms/gspo.py).
 13. For A < 0 the surrogate is at least `clip_c` · A (dual clip; in the paper's settings, not in
     Eq. 2).
-14. The denominator is the number of action tokens of the optimiser step (Eq. 2 has 1/(NT), turns).
+14. The normaliser is the number of action tokens of the optimiser step (Eq. 2 has 1/(NT), turns).
 """
 
 from collections import Counter
@@ -199,7 +199,7 @@ class Algorithm:
         logratio = self.logratio(batch, logp)
         return hybrid_loss(logp, logratio, batch.advantages, batch.mask, self.s, batch.ref_logp)
 
-    def denominator(self, pairs):
+    def normaliser(self, pairs):
         """What the losses of an optimiser step are divided by; `pairs`: of all its turns. [14]"""
         return sum(len(pair.action) for pair in pairs)
 
@@ -289,11 +289,11 @@ def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
     parts = []
     norms = []
     steps = optimiser_steps(episodes, algorithm, rng)
-    for number, (rows, denominator) in enumerate(steps, 1):
+    for number, (rows, normaliser) in enumerate(steps, 1):
         progress("update", f"step {number} of {len(steps)}")
         optimizer.zero_grad()
         for batch in micro_batches(rows, s.micro_tokens):
-            parts.append(accumulate_gradient(policy, batch, algorithm, denominator))
+            parts.append(accumulate_gradient(policy, batch, algorithm, normaliser))
         processes.add_gradients(policy.trainable())
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm)
         if not norm.isfinite():
@@ -379,7 +379,7 @@ def give_advantages(episodes, estimated):
 
 
 def optimiser_steps(episodes, algorithm, rng):
-    """[(this process's rows, denominator)] of each step, in random order of the episodes."""
+    """[(this process's rows, normaliser)] of each step, in random order of the episodes."""
     s = algorithm.s
     order = rng.permutation(len(episodes))
     steps = []
@@ -390,7 +390,7 @@ def optimiser_steps(episodes, algorithm, rng):
         )
         if rows:
             pairs = [turn.pair for index in indexes for turn in episodes[index].turns]
-            steps.append((processes.share(rows), algorithm.denominator(pairs)))
+            steps.append((processes.share(rows), algorithm.normaliser(pairs)))
     return steps
 
 
@@ -435,7 +435,7 @@ def score_tokens(policy, batch, s, reference=False):
     )
 
 
-def accumulate_gradient(policy, rows, algorithm, denominator):
+def accumulate_gradient(policy, rows, algorithm, normaliser):
     """Add the gradient of a micro-batch to the adapter's. Returns sums over its action tokens."""
     batch = collate(rows, policy.device)
     logp, batch.entropy = score_tokens(policy, batch, algorithm.s)
@@ -449,6 +449,6 @@ def accumulate_gradient(policy, rows, algorithm, denominator):
             f"not {list(losses.shape)}"
         )
     loss = losses.sum()
-    (loss / denominator).backward()
+    (loss / normaliser).backward()
     of_all = {"loss": loss, "entropy": batch.entropy.sum(), "tokens": batch.mask.sum()}
     return {name: torch.as_tensor(value).item() for name, value in (sums | of_all).items()}

@@ -327,7 +327,7 @@ def test_an_advantage_for_each_turn_or_token(wrong):
 
 
 def test_a_loss_that_is_not_per_token_is_refused():
-    """A mean would be divided by the denominator once more, and nobody would see it."""
+    """A mean would be divided by the normaliser once more, and nobody would see it."""
 
     class Mean(Algorithm):
         def loss(self, batch, logp):
@@ -355,7 +355,7 @@ def test_a_pair_may_have_another_action_than_its_turn():
 
 
 @pytest.mark.parametrize("micro_tokens", [None, 10])
-def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
+def test_an_algorithm_has_its_own_loss_normaliser_and_metrics(micro_tokens):
     """The loss sees advantages, entropies with a gradient, and which token is whose."""
     seen = []
 
@@ -365,7 +365,7 @@ def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
             loss = -batch.entropy - batch.action_mean(logp) * batch.advantages
             return loss, {"twice": 2.0 * batch.mask.sum()}  # a tensor is as good as a number
 
-        def denominator(self, pairs):
+        def normaliser(self, pairs):
             return 4 * len(pairs)
 
         def learns_from(self, pair):
