@@ -115,7 +115,8 @@ def run(argv, parse, train):
         s, notes = parse(argv)
         run_dir = Path(s.run_dir)
         with ExitStack() as stack:
-            found = processes.from_first(runs.open_run, s, notes, settings.given(argv), stack)
+            asked = [*settings.config_words(s.config), *argv] if s.config else argv
+            found = processes.from_first(runs.open_run, s, notes, settings.given(asked), stack)
             s, start = found
             done = train(s, run_dir, start)
         if done < s.iterations:

@@ -133,6 +133,21 @@ def test_a_config_can_leave_a_setting_to_the_default_but_not_to_another_config(t
         settings.parse(["--config", str(path)])
 
 
+def test_what_a_config_says_counts_on_resume_as_if_it_were_given(tmp_path, monkeypatch):
+    """An edited `iterations` makes the run longer; what cannot change is refused."""
+    seen = []
+
+    def open_run(s, notes, names, stack):
+        seen.append(names)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(runs, "open_run", open_run)
+    (tmp_path / "mine.yaml").write_text("env: house\niterations: 20\nsweep: {seeds: [0]}\n")
+    run = ["--resume", "--run-dir", str(tmp_path / "run")]
+    assert train.main([*run, "--config", str(tmp_path / "mine.yaml")]) == 2
+    assert seen == [{"resume", "run_dir", "config", "env", "iterations"}]
+
+
 @pytest.mark.parametrize("number", [np.float32(2), np.int64(2), torch.tensor(2.0)])
 def test_what_it_counts_may_be_a_number_of_any_kind(number, tmp_path):
     (tmp_path / "log").touch()

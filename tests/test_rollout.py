@@ -559,7 +559,7 @@ def test_which_tips_are_admitted():
     class Best(Algorithm):
         def admitted(self, episodes):
             offered.extend(episodes)
-            return [max(episodes, key=lambda e: e.score)]
+            return iter([max(episodes, key=lambda e: e.score)])  # a list is as good
 
     memory = memory_of("old")
     episodes = [finished(JOBS[0], score, tip, [["old"]]) for score, tip in zip((5, 9, 7), "ab ")]
@@ -569,7 +569,7 @@ def test_which_tips_are_admitted():
     held = memory.slots["task/0"]
     assert (held.texts, held.scores) == (["old", "b"], [0, 9])
     assert (held.totals, held.trials) == ([0 + 5 + 9 + 7, 9], [4, 1])
-    none = type("None_", (Algorithm,), {"admitted": lambda self, episodes: filter(None, [])})
+    none = type("None_", (Algorithm,), {"admitted": lambda self, episodes: []})
     rollout.store_tips(episodes, memory, EMBED, none(Settings()))
     assert held.texts == ["old", "b"] and held.trials == [7, 1]
 
