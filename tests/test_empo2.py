@@ -326,8 +326,36 @@ def test_an_advantage_for_each_turn_or_token(wrong):
         update(Bag(), algorithm, [drawn_episode(2), drawn_episode(2)])
 
 
+def test_a_loss_that_is_not_per_token_is_refused():
+    """A mean would be divided by the normaliser once more, and nobody would see it."""
+
+    class Mean(Algorithm):
+        def loss(self, batch, logp):
+            losses, metrics = super().loss(batch, logp)
+            return losses.mean(), metrics
+
+    with pytest.raises(
+        ValueError, match=r"^Mean\.loss: return a loss per token, \[2, 5\], not \[\]$"
+    ):
+        update(Bag(), Mean(Settings()), [drawn_episode(1, 0, [1.0]), drawn_episode(1)])
+
+
+def test_a_pair_may_have_another_action_than_its_turn():
+    """Its advantages, too, are of its own tokens."""
+
+    class Begun(Algorithm):
+        def training_pairs(self, episode):
+            for t, turn in enumerate(episode.turns):
+                yield Pair(episode.prompt(t), turn.action_ids[:1])
+
+    episodes = [drawn_episode(1, 0, [2.0]), drawn_episode(1)]
+    update(Bag(), Begun(Settings(max_grad_norm=9.0)), episodes, 1.0)
+    given = [e.turns[0].pair.advantages for e in episodes]
+    assert given == [[pytest.approx(1, abs=1e-5)], [pytest.approx(-1, abs=1e-5)]]
+
+
 @pytest.mark.parametrize("micro_tokens", [None, 10])
-def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
+def test_an_algorithm_has_its_own_loss_normaliser_and_metrics(micro_tokens):
     """The loss sees advantages, entropies with a gradient, and which token is whose."""
     seen = []
 
@@ -335,9 +363,9 @@ def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
         def loss(self, batch, logp):
             seen.extend(batch.advantages[batch.mask].tolist())
             loss = -batch.entropy - batch.action_mean(logp) * batch.advantages
-            return loss, {"twice": 2.0 * batch.mask.sum().item()}
+            return loss, {"twice": 2.0 * batch.mask.sum()}  # a tensor is as good as a number
 
-        def denominator(self, pairs):
+        def normaliser(self, pairs):
             return 4 * len(pairs)
 
         def learns_from(self, pair):
@@ -356,7 +384,11 @@ def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
     s.offpolicy_prob = 0.0
     metrics = update(bag, Own(s), episodes, 1.0)
     torch.testing.assert_close(bag.weight, alone.weight + gradient / 12)  # 4 * 3 turns
-    assert metrics["twice"] == 2 and sorted(seen) == pytest.approx([-1.0] * 2 + [1.0] * 5, abs=1e-5)
+    assert (
+        metrics["twice"] == 2
+        and type(metrics["twice"]) is float
+        and sorted(seen) == pytest.approx([-1.0] * 2 + [1.0] * 5, abs=1e-5)
+    )
 
 
 def test_clipping_and_metrics_are_of_the_ratio_of_the_algorithm():

@@ -4,9 +4,11 @@ pytest tests/test_sweep.py
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -181,24 +183,41 @@ def test_a_signal_that_is_ignored_at_the_start_does_not_stop_a_sweep(out):
     assert process.wait(timeout=60) == 0
 
 
-@pytest.mark.parametrize(
-    "stop, ignored",
-    [
-        pytest.param(signal.SIGINT, [], id="ctrl-c"),
-        pytest.param(signal.SIGHUP, [], id="terminal closed", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, [signal.SIGINT], id="background", marks=pytest.mark.slow),
-    ],
-)
-def test_a_signal_lets_the_runs_save_and_the_same_command_continues(stop, ignored, out):
-    process = start(out, command(out), ignored)
-    process.send_signal(stop)
-    assert process.wait(timeout=60) == 130
+def stop_once_it_runs(run_dir, stop):
+    """Send a signal to this process once the run has begun."""
+
+    def wait():
+        while not runs.checkpoints(run_dir):
+            time.sleep(0.02)
+        os.kill(os.getpid(), stop)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_lets_the_runs_save_and_the_same_command_continues(stop, out):
+    before = {signum: signal.getsignal(signum) for signum in sweep.STOPS}
+    try:
+        stop_once_it_runs(out / "radio/grpo/0", stop)
+        assert sweep.main(command(out)) == 130
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     assert (out / "radio/grpo/0/saved").exists()
     (out.parent / "GO").touch()
     lower = ["--micro-tokens", "2048"]  # what may change on a resume does
     assert sweep.main(command(out, shared=[*SHARED, *lower])) == 0
     resume = ["--resume", "--run-dir", str(out / "radio/grpo/0")]
     assert starts(out, "radio/grpo/0")[1] == [*resume, *lower]
+
+
+@pytest.mark.slow
+def test_in_the_background_of_a_script_it_stops_as_well(out):
+    """There Ctrl-C is ignored, and so it is in the runs."""
+    process = start(out, command(out), [signal.SIGINT])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    assert (out / "radio/grpo/0/saved").exists()
 
 
 def test_a_failing_run_is_reported_and_the_others_go_on(out):
@@ -264,6 +283,7 @@ def test_what_comes_later_counts_and_a_preset_before_what_is_shared():
     assert sweep.parse(["paper"])[0].tasks == list(paper.TABLE_1)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_real_runs(checkpoint, tmp_path):
     shared = "--env house --env-options rooms=1 step_limit=2 --group-size 2 --action-tokens 3"
     shared += " --tip-tokens 4 --variations 1 --lora-r 2 --iterations 4 --eval-every 1"
