@@ -1,18 +1,18 @@
 """EMPO²: Exploratory Memory-Augmented On- and Off-Policy Optimization (arXiv 2602.23008).
 
-The method is two calls: `rollout` explores (§4.1, rollout.py), `update` learns (§2 and §4.2, here).
-train.py has the loop. `Algorithm` holds the decisions of both: subclass it to try another one.
+`rollout` explores (§4.1, rollout.py), `update` learns (§2 and §4.2, here); train.py has the loop.
+`Algorithm` holds the decisions of both: subclass it to try another one.
 
 Where the paper is silent, contradicts itself, or its authors' code does something else, this is
 what we do; a comment `# [n]` marks each place in the code. "Paper" is the text of the sections,
-"Alg. 1" its appendix, whose p and q are the *complements* of the text's. Named settings select the
-other reading.
+"Alg. 1" its appendix, which writes 1 - p and 1 - q for the text's p and q (`memory_prob`,
+`offpolicy_prob`). A setting in backquotes switches to the other reading.
 
  1. The rollout mode is drawn at each turn (§4.2). `mode_level`: once per `episode`, or once per
     `batch` (Alg. 1, authors). The update mode of memory turns is drawn at the same level.
  2. An off-policy ratio divides by π_old(a | s, u), without tips (§4.2, Alg. 1), evaluated before
     the update. `denominator="tips"` divides by the sampled π_old(a | s, u, tips) (Table 3,
-    authors); the ratio then starts near 0 on exactly those tokens that the tip decided.
+    authors); the ratio then starts near 0 on the tokens that are likely only with the tip.
  3. The low-probability mask is per token, under π_θ, in every mode (authors: off by default; drops
     whole turns, by their old log-probs). Eq. 2 masks the policy term; the KL term is not masked.
     k3 estimates KL only from tokens sampled from π_θ; on off-policy tokens it is biased, and one
@@ -20,7 +20,7 @@ other reading.
  4. The intrinsic reward is 1/n over a store of distinct states, in every rollout, and part of the
     return (authors: 1/(retrieved tips + 1), in memory rollouts only, and it never reaches the
     advantage). States are compared by observation alone, without the task text, within their
-    memory slot. A visit counts the states of earlier iterations and of its own episode, so equal
+    memory slot. n counts visits in earlier iterations and earlier in the same episode, so equal
     episodes of a group get equal rewards.
  5. Retrieved tips: similarity >= 0.5, then the 10 best by score (authors). `tip_rank=similarity`
     takes the most similar ones (paper). Ties: the higher mean score of the episodes that wrote or
@@ -42,7 +42,7 @@ other reading.
 12. The ratio is per token (authors; the paper writes it per action; algorithms/gspo.py).
 13. For A < 0 the surrogate is at least `clip_c` · A (dual clip; in the paper's settings, not in
     Eq. 2).
-14. The denominator is the number of action tokens of the optimiser step (Eq. 2 has 1/(NT), turns).
+14. The normaliser is the number of action tokens of the optimiser step (Eq. 2 has 1/(NT), turns).
 """
 
 from collections import Counter
@@ -110,11 +110,11 @@ class Algorithm:
 
     For another method subclass it in a file of its own, override what differs and run
     `python train.py --algorithm my_idea.py` (docs/forks.md). `s`: the settings. `iteration`: the
-    current one. Nothing else is kept over a resume.
+    current one. Other attributes of `self` are lost on resume.
     """
 
     Settings = Settings  # a subclass of it has the settings of its own
-    preset = "empo2"  # which --preset holds if none is given
+    preset = "empo2"  # the default preset
     needs_anchors = False  # does each turn need the name of its state, `Env.anchor`?
 
     def __init__(self, s):
@@ -187,7 +187,7 @@ class Algorithm:
         ]
 
     def learns_from(self, pair):
-        """Has the pair a gradient? If not, its forward and backward pass are spared."""
+        """Can the pair contribute to the loss? If not, its forward and backward pass are spared."""
         return any(pair.advantages) or self.s.beta > 0
 
     def logratio(self, batch, logp):
@@ -199,7 +199,7 @@ class Algorithm:
         logratio = self.logratio(batch, logp)
         return hybrid_loss(logp, logratio, batch.advantages, batch.mask, self.s, batch.ref_logp)
 
-    def denominator(self, pairs):
+    def normaliser(self, pairs):
         """What the losses of an optimiser step are divided by; `pairs`: of all its turns. [14]"""
         return sum(len(pair.action) for pair in pairs)
 
@@ -289,11 +289,11 @@ def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
     parts = []
     norms = []
     steps = optimiser_steps(episodes, algorithm, rng)
-    for number, (rows, denominator) in enumerate(steps, 1):
+    for number, (rows, normaliser) in enumerate(steps, 1):
         progress("update", f"step {number} of {len(steps)}")
         optimizer.zero_grad()
         for batch in micro_batches(rows, s.micro_tokens):
-            parts.append(accumulate_gradient(policy, batch, algorithm, denominator))
+            parts.append(accumulate_gradient(policy, batch, algorithm, normaliser))
         processes.add_gradients(policy.trainable())
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), s.max_grad_norm)
         if not norm.isfinite():
@@ -373,13 +373,13 @@ def give_advantages(episodes, estimated):
     """Give each token of each turn its advantage."""
     for episode, of_turns in zip(episodes, estimated, strict=True):
         for turn, advantage in zip(episode.turns, of_turns, strict=True):
-            length = len(turn.action_ids)
+            length = len(turn.pair.action)
             turn.pair.advantages = np.broadcast_to(advantage, length).tolist()
             turn.advantage = float(np.mean(turn.pair.advantages))
 
 
 def optimiser_steps(episodes, algorithm, rng):
-    """[(this process's rows, denominator)] of each step, in random order of the episodes."""
+    """[(this process's rows, normaliser)] of each step, in random order of the episodes."""
     s = algorithm.s
     order = rng.permutation(len(episodes))
     steps = []
@@ -390,7 +390,7 @@ def optimiser_steps(episodes, algorithm, rng):
         )
         if rows:
             pairs = [turn.pair for index in indexes for turn in episodes[index].turns]
-            steps.append((processes.share(rows), algorithm.denominator(pairs)))
+            steps.append((processes.share(rows), algorithm.normaliser(pairs)))
     return steps
 
 
@@ -435,7 +435,7 @@ def score_tokens(policy, batch, s, reference=False):
     )
 
 
-def accumulate_gradient(policy, rows, algorithm, denominator):
+def accumulate_gradient(policy, rows, algorithm, normaliser):
     """Add the gradient of a micro-batch to the adapter's. Returns sums over its action tokens."""
     batch = collate(rows, policy.device)
     logp, batch.entropy = score_tokens(policy, batch, algorithm.s)
@@ -443,7 +443,12 @@ def accumulate_gradient(policy, rows, algorithm, denominator):
         with torch.no_grad():
             batch.ref_logp, _ = score_tokens(policy, batch, algorithm.s, reference=True)
     losses, sums = algorithm.loss(batch, logp)
+    if losses.shape != logp.shape:  # a mean would be divided once more
+        raise ValueError(
+            f"{type(algorithm).__name__}.loss: return a loss per token, {list(logp.shape)}, "
+            f"not {list(losses.shape)}"
+        )
     loss = losses.sum()
-    (loss / denominator).backward()
+    (loss / normaliser).backward()
     of_all = {"loss": loss, "entropy": batch.entropy.sum(), "tokens": batch.mask.sum()}
-    return sums | {name: value.item() for name, value in of_all.items()}
+    return {name: torch.as_tensor(value).item() for name, value in (sums | of_all).items()}

@@ -214,6 +214,11 @@ def from_settings(s) -> Env:
     return make(s.env, **options)
 
 
+def default_tasks(s) -> list[str]:
+    """What is played when the settings name no task: the environment's own choice, else all."""
+    return env_class(s.env).DEFAULT_TASKS or from_settings(s).tasks()
+
+
 def task_pool(env: Env, tasks, split: str, variations: int) -> list[tuple[str, int]]:
     """[(task, variation)]: the first variations of a split, of each task.
 
@@ -231,4 +236,6 @@ def task_pool(env: Env, tasks, split: str, variations: int) -> list[tuple[str, i
 
 
 if __name__ == "__main__":
-    sys.exit(play.main(make, parse_options, ENVS))
+    import envs  # a world's file imports this module by its name
+
+    sys.exit(play.main(envs.make, envs.parse_options, envs.ENVS))

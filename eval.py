@@ -260,7 +260,7 @@ def run_settings(args):
     changed |= {"seed": args.seed, "eval_temperature": args.temperature}
     known = {name: value for name, value in vars(s).items() if hasattr(other, name)}
     s = dataclasses.replace(other, **known | changed)  # of the class that its algorithm needs
-    s, _ = hardware.defaults(s, envs.env_class(s.env).DEFAULT_TASKS)
+    s, _ = hardware.defaults(s, envs.default_tasks(s))
     return s, adapter, state
 
 

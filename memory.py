@@ -36,8 +36,8 @@ def best_first(slot, similarity, threshold=0.5, max_tips=10, rank="score"):
     """Indexes of the tips of a slot to retrieve, best first; similarity: [n] cosines to the query.
 
     threshold: least similarity. max_tips: most at once. rank: which of the similar ones, by "score"
-    or by "similarity". Ties: the higher mean score of the episodes that wrote or saw the tip (both:
-    counted twice), then the newer.
+    or by "similarity". Ties: the higher mean score of the episodes that wrote or saw the tip (one
+    that did both counts twice), then the newer.
     """
     value = np.array(slot.scores) if rank == "score" else similarity
     served = np.array(slot.totals) / slot.trials
@@ -64,7 +64,7 @@ class TipMemory:
     def add(self, key, text, score, slot):
         """Store a tip. key: [d] unit vector, score: -100...100.
 
-        A text that the slot already holds keeps its key and score.
+        A text that the slot already holds is not stored again, but the score is added to its total.
         """
         if slot not in self.slots:
             self.slots[slot] = TipSlot(np.empty((0, len(key)), np.float32), [], [], [], [])
@@ -137,7 +137,7 @@ class StateSlot:
         """
         keys = self.keys[: len(self.counts)]
         similarity = keys @ key  # [m]
-        if not key.any():  # a text without words resembles only another one
+        if not key.any():  # a text without words matches only another one
             similarity = 1.0 - keys.any(axis=1)
         if len(similarity) and similarity.max() >= threshold - ROUNDING:
             index = int(similarity.argmax())

@@ -1,7 +1,7 @@
 """Explore (§4.1): roll out in two modes, write tips, give intrinsic rewards.
 
-A number in [n] is that of the choice at the top of empo2.py. This file is handed the policy, the
-environments, the memory and the algorithm (`empo2.Algorithm`), and imports none of them.
+A number in [n] is that of the choice at the top of empo2.py. Policy, environments,
+memory and algorithm (`empo2.Algorithm`) are arguments here; none of them is imported.
 """
 
 from collections.abc import Iterator
@@ -136,7 +136,7 @@ def rollout(
     batch_mode = algorithm.memory_mode(rng)  # [1]
     rngs = processes.share(rng.spawn(len(jobs)))
     jobs = processes.share(jobs)
-    policy.forget()  # keys and values of other weights
+    policy.forget()  # the weights have changed
     for lane, env in enumerate(envs):
         env.lane = lane
     for first in range(0, len(jobs), len(envs)):
@@ -338,13 +338,13 @@ def tip_prompt(policy, episode, context):
 def store_tips(episodes, memory, embed, algorithm):
     """Add the admitted tips to M, once all episodes of the iteration are over (Alg. 1).
 
-    Those that the episodes were shown are judged by what came of it [5].
+    An episode's score is added to the totals of the tips that it was shown [5].
     """
     s = algorithm.s
     for episode in episodes:
         shown = {tip for turn in episode.turns for tip in turn.shown}
         memory.judge(shown, episode.score, memory_slot(episode.job, s.memory_scope))
-    writers = algorithm.admitted([episode for episode in episodes if episode.tip])
+    writers = list(algorithm.admitted([episode for episode in episodes if episode.tip]))
     keys = embed([memory_text(e, e.turns[-1].next_observation, s.memory_key) for e in writers])
     for episode, key in zip(writers, keys, strict=True):
         slot = memory_slot(episode.job, s.memory_scope)
@@ -354,7 +354,7 @@ def store_tips(episodes, memory, embed, algorithm):
 def give_intrinsic_rewards(episodes, novelty, embed, algorithm):
     """Give each turn r_int of the state that its action led to [4]; then store the states.
 
-    The initial state counts as visited but rewards no action.
+    The initial state is stored, too, but gives no reward.
     """
     visited = []
     for episode in episodes:

@@ -1,11 +1,12 @@
-"""All settings by concern, the sets of them that the paper compares, and the command line.
+"""Settings grouped by topic, presets, and the parser of the command line.
 
-Nothing here needs torch.
+Importing this file does not load torch.
 """
 
 import argparse
 import math
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -41,46 +42,50 @@ class Settings:
 
     # What is run
     config: str | None = setting(None, "YAML file of settings, such as configs/stages.yaml")
-    preset: str = setting("empo2", "named settings; they override --config, explicit flags both")
+    preset: str = setting("empo2", "named settings (docs/paper.md); explicit flags override them")
     algorithm: str = setting("empo2", "a file of algorithms/, or path/to/file.py (docs/forks.md)")
     env: str = setting("scienceworld", "scienceworld, house, webshop, or path/to/file.py")
     tasks: list[str] = setting([], "names of the tasks to train on [the environment's own choice]")
     variations: int | None = setting(None, "training variations per task [GPU: 5, CPU: 2]")
     iterations: int | None = setting(None, "number of iterations [GPU: 200, CPU: 10]")
     step_limit: int | None = setting(None, "actions per episode [the environment's, by task]")
-    env_options: list[str] = setting([], "options of the environment, as name=value")
+    env_options: list[str] = setting(
+        [], "name=value, as in the docstring of the environment's class"
+    )
     # Policy
     model: str | None = setting(
         None, f"hub id, folder, standin, smollm2 [GPU: {QWEN}, CPU: standin]"
     )
-    dtype: Literal["float32", "bfloat16"] | None = setting(None, "[GPU: bfloat16, CPU: float32]")
+    dtype: Literal["float32", "bfloat16"] | None = setting(
+        None, "number type [GPU: bfloat16, CPU: float32]"
+    )
     load_in_4bit: bool | None = switch("4-bit (NF4) frozen weights [on cards up to 24 GB]")
-    gradient_checkpointing: bool | None = switch("recompute activations backward [on a GPU]")
+    gradient_checkpointing: bool | None = switch("save memory: recompute activations [on a GPU]")
     decode_graph: bool | None = switch("sample with CUDA graphs [false]")
     lora_r: int = setting(16, "rank of the adapter")
-    lora_alpha: int = setting(32, "scale of the adapter, over its rank")
+    lora_alpha: int = setting(32, "the adapter's scale is alpha / rank")
     # Rolling out (§4.1)
     group_size: int = setting(8, "N: episodes of a task, which are compared with each other")
     tasks_per_iteration: int | None = setting(None, "B: tasks per iteration [GPU: 16, CPU: 1]")
     rollout_batch: int | None = setting(None, "parallel episodes [by the card's memory]")
-    temperature: float = setting(1.0, "of sampling and of the log-probs in the loss")
+    temperature: float = setting(1.0, "sampling temperature, also in the loss")
     action_tokens: int = setting(32, "most tokens of an action")
     tip_tokens: int = setting(160, "most tokens of a tip")
     context: int = setting(4500, "most tokens of prompt and answer; the episode ends there")
     history: int = setting(0, "earlier turns in a prompt; 0 = all, as a dialogue")
     memory_prob: float = setting(0.25, "p: probability that a turn is prompted with tips; 0 = none")
-    mode_level: Literal["turn", "episode", "batch"] = setting(
-        "turn", "[1] modes are drawn for each"
-    )
+    mode_level: Literal["turn", "episode", "batch"] = setting("turn", "[1] draw modes once per")
     # Memory (§4.1)
     embedder: str = setting("hashing", "hashing, or sentence-transformers/all-MiniLM-L6-v2 (paper)")
     max_tips: int = setting(10, "most tips per turn")
     tip_threshold: float = setting(0.5, "least cosine similarity of a retrieved tip")
-    tip_rank: Literal["score", "similarity"] = setting("score", "[5] order of the similar tips")
-    memory_key: Literal["state", "task"] = setting("state", "[6] what tips are looked up by")
-    memory_scope: Literal["variation", "task", "all"] = setting(
-        "variation", "[7] a memory for each"
+    tip_rank: Literal["score", "similarity"] = setting(
+        "score", "[5] of similar tips take the best by"
     )
+    memory_key: Literal["state", "task"] = setting(
+        "state", "[6] key: observation and task, or task"
+    )
+    memory_scope: Literal["variation", "task", "all"] = setting("variation", "[7] one memory per")
     memory_capacity: int = setting(1000, "[7] tips per memory, the oldest are dropped")
     novelty_threshold: float = setting(
         0.5, "[4] cosine similarity of states that count as the same"
@@ -88,24 +93,28 @@ class Settings:
     intrinsic_coef: float = setting(1.0, "[4] points of return per unit of intrinsic reward")
     # Update (§4.2)
     offpolicy_prob: float = setting(2 / 3, "q: probability that a memory turn is off-policy")
-    denominator: Literal["no-tips", "tips"] = setting("no-tips", "[2] prompt of π_old, off-policy")
-    learning_rate: float | None = setting(None, "of AdamW, constant [GPU: 1e-5, CPU: 1e-3]")
+    denominator: Literal["no-tips", "tips"] = setting(
+        "no-tips", "[2] off-policy π_old is with or without"
+    )
+    learning_rate: float | None = setting(None, "constant, of AdamW [GPU: 1e-5, CPU: 1e-3]")
     minibatch_episodes: int = setting(16, "episodes per optimiser step")
     micro_tokens: int | None = setting(
         None, "padded tokens per forward pass [by the card's memory]"
     )
-    pack: Literal["episode", "group"] = setting("episode", "whose turns share a row of a batch")
-    clip_low: float = setting(0.2, "ratio clip 1 - clip_low")
-    clip_high: float = setting(0.3, "ratio clip 1 + clip_high")
+    pack: Literal["episode", "group"] = setting(
+        "episode", "share computation within an episode or group"
+    )
+    clip_low: float = setting(0.2, "lower bound of the ratio: 1 - clip_low")
+    clip_high: float = setting(0.3, "upper bound of the ratio: 1 + clip_high")
     clip_c: float = setting(10.0, "[13] dual clip: for A < 0 the term is at least clip_c * A")
-    min_prob: float = setting(math.exp(-5), "delta: [3] less likely tokens are masked; 0 = no mask")
+    min_prob: float = setting(math.exp(-5), "delta: [3] less likely tokens get no gradient")
     beta: float = setting(0.0, "weight of KL(pi_theta || pi_ref)")
     advantage_eps: float = setting(1e-6, "added to the standard deviation of returns")
-    fixed_std: float = setting(0.0, "points that replace the standard deviation; 0 = none")
+    fixed_std: float = setting(0.0, "points to divide by instead of sigma; 0 = sigma")
     max_grad_norm: float = setting(1.0, "gradient clip")
     # Tip-free evaluation during training (§5)
     eval_every: int | None = setting(
-        None, "iterations between; 0 = never [GPU: 0, CPU: at the ends]"
+        None, "iterations between evaluations; 0 = never [GPU: 0, CPU: ends]"
     )
     eval_variations: int | None = setting(None, "test variations per task [GPU: 20, CPU: 4]")
     eval_episodes: int | None = setting(None, "episodes per variation [GPU: 4, CPU: 2]")
@@ -255,6 +264,10 @@ def of_algorithm(name):
         return Settings, "empo2"
     algorithm = algorithm_class(name)
     own = algorithm.Settings
+    defined = vars(sys.modules[algorithm.__module__]).values()
+    unused = [c for c in defined if isinstance(c, type) and issubclass(c, Settings) and c != own]
+    if any(cls.__module__ == algorithm.__module__ for cls in unused):
+        raise ValueError(f"{name}: write `Settings = {unused[0].__name__}` in the class, too")
     if not issubclass(own, Settings) or "__dataclass_fields__" not in vars(own):
         raise ValueError(
             f"{name}: its Settings must be a @dataclass, and a subclass of settings.Settings"
@@ -277,17 +290,21 @@ def config_words(path):
     """The settings in a YAML file, as words of a command line, but for `sweep`."""
     content = read_config(path)
     content.pop("sweep", None)
+    if "config" in content:
+        raise ValueError(f"--config {path}: cannot name another config")
     return with_home(as_words(content))
 
 
 def as_words(mapping):
-    """Settings as words of a command line.
+    """Settings as words of a command line; null is the default.
 
     >>> as_words({"lora_r": 4, "tasks": ["fan", "radio"], "load_in_4bit": True})
     ['--lora-r', '4', '--tasks', 'fan', 'radio', '--load-in-4bit']
     """
     words = []
     for name, value in mapping.items():
+        if value is None:
+            continue
         words.append(f"--{name}".replace("_", "-"))
         if value is not True:
             words += map(str, value if isinstance(value, list) else [value])

@@ -1,6 +1,6 @@
-"""EMPO² training: `python train.py --env scienceworld`. The loop in `train` is Algorithm 1.
+"""EMPO² training: `python train.py --env scienceworld`. `iterate` is one iteration of Algorithm 1.
 
-A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRESET-SEED):
+A run leaves in its directory (default runs/ENV-TASK-SEED, with algorithm and preset if given):
   settings.json     every setting, with the defaults that the hardware decided
   metrics.jsonl     one line per iteration (docs/metrics.md)
   evals.jsonl       one line per tip-free evaluation on the test variations (--eval-every)
@@ -17,10 +17,10 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, or runs/ENV-TASK-PRES
   python train.py --resume --run-dir runs/scienceworld-power-component-0
   accelerate launch --num_processes 2 train.py --env scienceworld  # on two GPUs: docs/runs.md
 
-On --resume --iterations may grow, and --rollout-batch, --micro-tokens, --dtype, --load-in-4bit,
---gradient-checkpointing, --decode-graph, --save-every and --report-to may change. --model may name
-another place of the same model; its weights are compared. --algorithm (or --env) with the file that
-the run has goes on with it as it is now, if it was changed.
+When resuming, --iterations may be raised, and --rollout-batch, --micro-tokens, --dtype,
+--load-in-4bit, --gradient-checkpointing, --decode-graph, --save-every and --report-to may change.
+--model may name another place of the same model; its weights are compared. If you have edited the
+file of --algorithm or --env, give it again to resume with the edited version.
 """
 
 import sys
@@ -57,35 +57,40 @@ class Learner:
     novelty: memory.NoveltyStore
     episodes: int = 0  # played in training so far
     seconds: float = 0.0  # of training so far
-    best: tuple = (None, None)  # score and iteration of the best evaluation, the later of equals
+    best: tuple = (None, None)  # score and iteration of the best evaluation; ties: the later one
 
 
 def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
     """One iteration of Algorithm 1 -> (episodes, metrics)."""
     s = algorithm.s
     algorithm.iteration = iteration
-    # Each iteration has its own seed: a resumed run draws what the other would have drawn.
+    # A seed for each iteration: a resumed run draws what an uninterrupted one would have drawn.
     rng = np.random.default_rng([s.seed, iteration, 0])
-    played = []  # jobs
+    lost = []  # how many of the jobs
 
     def play(jobs):
-        played.extend(jobs)
-        return explore(learner, worlds, jobs, embed, algorithm, rng, clock)
+        played = explore(learner, worlds, jobs, embed, algorithm, rng, clock)
+        learner.episodes += len(played)
+        lost.append(len(jobs) - len(played))
+        return played
 
     episodes = algorithm.collect(job_drawer(pool, s, rng), play)
+    if not episodes:
+        name = type(algorithm).__name__
+        raise ValueError(f"{name}.collect returned no episodes; return those of the last `play`")
     rollout.give_intrinsic_rewards(episodes, learner.novelty, embed, algorithm)
     rollout.store_tips(episodes, learner.tip_memory, embed, algorithm)
     metrics = {}
     if s.learning_rate:
         metrics = empo2.update(learner.policy, learner.optimizer, episodes, algorithm, rng, clock)
-    metrics |= algorithm.metrics(episodes)
-    return episodes, logs.rollout_metrics(episodes, len(played), learner) | metrics
+    metrics |= {"iteration": iteration, **logs.rollout_metrics(episodes, sum(lost), learner)}
+    return episodes, logs.with_own(metrics, algorithm.metrics(episodes))
 
 
 def explore(learner, worlds, jobs, embed, algorithm, rng, clock):
     """Roll out, and let tips be written while the keys and values of the dialogues are at hand.
 
-    Once, unless simulator faults lose all the episodes.
+    Repeated, up to five times, if simulator faults lose all the episodes.
     """
     policy = learner.policy
     for _ in range(5):
@@ -135,7 +140,7 @@ def train(s, run_dir, start=None):
     interrupted = command.finish_on_interrupt()
     with logs.Display(s, start or 0, trackers) as display:
         for iteration in range(start or 0, s.iterations + 1):
-            stopping = bool(processes.gather(interrupted))  # asked once: what stops is saved
+            stopping = bool(processes.gather(interrupted))  # read once: saving and stopping agree
             stop = iteration == s.iterations or stopping
             due = iteration == s.iterations or (again and iteration == start)
             due = s.eval_every and (due or iteration % s.eval_every == 0)
@@ -149,8 +154,7 @@ def train(s, run_dir, start=None):
                 break
             clock = logs.Clock(display.bar)
             episodes, metrics = iterate(iteration, learner, algorithm, worlds, pool, embed, clock)
-            metrics = {"iteration": iteration, **metrics, **clock.metrics()}
-            learner.episodes += len(episodes)
+            metrics |= clock.metrics()
             learner.seconds += sum(clock.seconds.values())
             runs.append(run_dir / "metrics.jsonl", [metrics])
             transcripts = [
@@ -231,7 +235,7 @@ def make_envs(policy, algorithm):
 def parse(argv):
     """(settings, what was decided), as `settings.parse`, with what the hardware decides."""
     s, notes = settings.parse(argv, __doc__)
-    s, reasons = hardware.defaults(s, envs.env_class(s.env).DEFAULT_TASKS)
+    s, reasons = hardware.defaults(s, envs.default_tasks(s))
     if reasons:
         notes += ["decided by the hardware:", *reasons]
     return s, notes

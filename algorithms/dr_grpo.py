@@ -32,11 +32,11 @@ class Settings(settings.Settings):
 
 
 class DrGRPO(Algorithm):
-    """Overrides the denominator; the advantage without σ is a setting of GRPO."""
+    """Overrides the normaliser; the advantage without σ is a setting of GRPO."""
 
     Settings = Settings
     preset = "grpo"
 
-    def denominator(self, pairs):
+    def normaliser(self, pairs):
         """The same for all steps, however many tokens they have."""
         return self.s.minibatch_episodes * self.s.token_budget

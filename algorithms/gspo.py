@@ -45,6 +45,6 @@ class GSPO(Algorithm):
         losses, metrics = super().loss(batch, logp)
         return losses / batch.action_length(), metrics
 
-    def denominator(self, pairs):
+    def normaliser(self, pairs):
         """The number of actions."""
         return len(pairs)

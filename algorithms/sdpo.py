@@ -57,7 +57,7 @@ class SDPO(Algorithm):
 
     def metrics(self, episodes):
         """taught_turns: how many had a teacher. teacher_kl: KL(π_old ‖ teacher) per token there."""
-        pairs = [turn.pair for episode in episodes for turn in episode.turns if turn.retrieved]
+        pairs = [turn.pair for e in episodes for turn in e.turns if turn.pair and turn.retrieved]
         gains = [gain for pair in pairs for gain in of_tokens(pair)]
         return {"taught_turns": len(pairs), "teacher_kl": -float(np.mean(gains)) if gains else None}
 

@@ -15,6 +15,7 @@ import settings
 from engine.errors import unknown
 
 ROOT = Path(__file__).parent.parent
+EXPECTED = (ValueError, RuntimeError, FloatingPointError, OSError)  # their text says it all
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -103,7 +104,7 @@ def run(argv, parse, train):
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from engine import processes, runs
+    from engine import plugins, processes, runs
 
     handle(STOPS, stop_now)
     transformers_logging.set_verbosity_error()
@@ -114,7 +115,8 @@ def run(argv, parse, train):
         s, notes = parse(argv)
         run_dir = Path(s.run_dir)
         with ExitStack() as stack:
-            found = processes.from_first(runs.open_run, s, notes, settings.given(argv), stack)
+            asked = [*settings.config_words(s.config), *argv] if s.config else argv
+            found = processes.from_first(runs.open_run, s, notes, settings.given(asked), stack)
             s, start = found
             done = train(s, run_dir, start)
         if done < s.iterations:
@@ -133,9 +135,10 @@ def run(argv, parse, train):
             sys.stderr,
         )
         return 1
-    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
-        said = processes.say(f"train.py: {error}", sys.stderr)
-        with suppress(OSError):  # for unforeseen errors; the disk may be full
+    except Exception as error:  # whatever a fork's file leads to
+        kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
+        said = processes.say(f"train.py: {kind}{error}{plugins.where(error)}", sys.stderr)
+        with suppress(OSError):  # the disk may be full
             if said and run_dir and run_dir.exists():
                 (run_dir / "error.log").write_text(traceback.format_exc())
         return 2

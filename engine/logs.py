@@ -15,8 +15,8 @@ from engine import processes
 from engine.errors import UNKNOWN, unknown
 
 
-def rollout_metrics(episodes, jobs, learner):
-    """Metrics of the rollout of so many jobs; docs/metrics.md explains them."""
+def rollout_metrics(episodes, lost, learner):
+    """Metrics of the rollout; lost: episodes. docs/metrics.md explains them."""
     turns = [turn for episode in episodes for turn in episode.turns]
     with_tips = [turn for turn in turns if turn.shown]
     scores = [episode.score for episode in episodes]
@@ -35,7 +35,7 @@ def rollout_metrics(episodes, jobs, learner):
         "score_without_memory": float(np.mean(without_memory)) if without_memory else None,
         "intrinsic": sum(turn.novelty for turn in turns) / len(episodes),
         "episodes": len(episodes),
-        "episodes_dropped": jobs - len(episodes),
+        "episodes_dropped": lost,
         "turns": len(turns),
         "context_full": sum(episode.ended == "context full" for episode in episodes),
         "memory_turns": len(with_tips),
@@ -48,6 +48,14 @@ def rollout_metrics(episodes, jobs, learner):
         "offpolicy_turns": sum(turn.offpolicy for turn in with_tips),
         "onpolicy_memory_turns": sum(not turn.offpolicy for turn in with_tips),
     }
+
+
+def with_own(metrics, own):
+    """The metrics and those of an algorithm. Raises ValueError if a name is taken."""
+    taken = sorted(own.keys() & metrics.keys())
+    if taken:
+        raise ValueError(f"Algorithm.metrics: {', '.join(taken)} is a metric already")
+    return metrics | own
 
 
 def transcript(iteration, episode, episode_return):

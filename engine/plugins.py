@@ -1,5 +1,6 @@
 """Find the class of a fork: `--algorithm my_idea.py`, `--env my_world.py`."""
 
+import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -52,13 +53,23 @@ def find_class(name, base, folder):
             raise ValueError(
                 f"{path}, line {line}: {type(error).__name__}: {first_line(error)}"
             ) from error
-    found = [
-        cls
-        for _, cls in inspect.getmembers(sys.modules[module_name], inspect.isclass)
-        if issubclass(cls, base) and cls.__module__ == module_name
-    ]
+    classes = [cls for cls in vars(sys.modules[module_name]).values() if inspect.isclass(cls)]
+    own = [cls for cls in classes if issubclass(cls, base) and cls.__module__ == module_name]
+    found = [cls for cls in own if not any(cls in other.__bases__ for other in own)]
     if len(found) != 1:
         names = ", ".join(cls.__name__ for cls in found) or "none"
         raise ValueError(f"{path}: needs one subclass of {base.__name__}; it has {names}")
+    for cls in own:
+        for method in vars(cls).keys() - set(dir(base)):
+            meant = difflib.get_close_matches(method, dir(base), 1, cutoff=0.85)
+            if meant:
+                raise ValueError(f"{path}: {method} overrides nothing; did you mean {meant[0]}?")
     checksums[name] = checksum
     return found[0]
+
+
+def where(error):
+    """The file and line of a fork that an exception came through, in brackets; else nothing."""
+    files = [str(place(name, "")) for name in checksums if is_file(name)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

@@ -319,7 +319,8 @@ def append(path, lines):
     """Add dicts to a JSON-lines file, which must exist: one that was removed shall be missed."""
     with open(path, "r+", encoding="utf-8") as file:
         file.seek(0, os.SEEK_END)
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for line in lines:  # a fork's numbers may be NumPy's or a tensor
+            file.write(json.dumps(line, ensure_ascii=False, default=float) + "\n")
 
 
 @processes.only_first

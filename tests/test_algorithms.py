@@ -179,6 +179,8 @@ def test_sdpo(beta, pack):
     untaught = [drawn_episode(1)]
     empo2.update(Bag(), torch.optim.SGD([torch.ones(1)]), untaught, algorithm, KnownOrder())
     assert algorithm.metrics(untaught) == {"taught_turns": 0, "teacher_kl": None}
+    never = teach([drawn_episode(2)])  # without an update: --learning-rate 0
+    assert algorithm.metrics(never) == {"taught_turns": 0, "teacher_kl": None}
 
 
 def test_sdpo_samples_without_tips_and_learns_what_they_say(tmp_path):

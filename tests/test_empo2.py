@@ -240,7 +240,9 @@ class Distil(Algorithm):
         return [[self.advantage(turn.pair) for turn in e.turns] for e in episodes]
 
     def advantage(self, pair):
-        return np.subtract(pair.second.old_logps, pair.old_logps) if pair.second else 0.0
+        if not pair.second:
+            return 0.0
+        return [0.0, *np.subtract(pair.second.old_logps, pair.old_logps)[1:]]
 
 
 @pytest.mark.parametrize("options", [{}, {"pack": "group", "micro_tokens": 20}, {"history": 3}])
@@ -260,6 +262,7 @@ def test_a_second_prompt_is_scored_and_advantages_are_of_tokens(options):
             if t:  # the only one with tips
                 with_tips = plain.of(e.prompt(t, turn.shown_ids), turn.action_ids, 0.7)[0]
                 turn.expected = (with_tips - logp).detach()
+                turn.expected[0] = 0.0
                 objective += (turn.expected * logp).sum()
     (gradient,) = torch.autograd.grad(objective, plain.weight)
     metrics = update(bag, Distil(s), episodes, 1.0)
@@ -271,6 +274,7 @@ def test_a_second_prompt_is_scored_and_advantages_are_of_tokens(options):
         assert second.pair.advantages == pytest.approx(second.expected.tolist(), abs=1e-5)
         assert second.advantage == pytest.approx(second.expected.mean().item(), abs=1e-5)
     assert bag.scored == tokens + 2 * 3 * 2  # π_old of all; with tips; π_θ of what is learnt
+    assert metrics["zero_variance_groups"] == 0
     assert metrics["sampler_gap"] == pytest.approx(max(gaps), abs=1e-4)
     assert metrics["sampler_gap_mean"] == pytest.approx(np.mean(gaps), abs=1e-4)
 
@@ -322,8 +326,36 @@ def test_an_advantage_for_each_turn_or_token(wrong):
         update(Bag(), algorithm, [drawn_episode(2), drawn_episode(2)])
 
 
+def test_a_loss_that_is_not_per_token_is_refused():
+    """A mean would be divided by the normaliser once more, and nobody would see it."""
+
+    class Mean(Algorithm):
+        def loss(self, batch, logp):
+            losses, metrics = super().loss(batch, logp)
+            return losses.mean(), metrics
+
+    with pytest.raises(
+        ValueError, match=r"^Mean\.loss: return a loss per token, \[2, 5\], not \[\]$"
+    ):
+        update(Bag(), Mean(Settings()), [drawn_episode(1, 0, [1.0]), drawn_episode(1)])
+
+
+def test_a_pair_may_have_another_action_than_its_turn():
+    """Its advantages, too, are of its own tokens."""
+
+    class Begun(Algorithm):
+        def training_pairs(self, episode):
+            for t, turn in enumerate(episode.turns):
+                yield Pair(episode.prompt(t), turn.action_ids[:1])
+
+    episodes = [drawn_episode(1, 0, [2.0]), drawn_episode(1)]
+    update(Bag(), Begun(Settings(max_grad_norm=9.0)), episodes, 1.0)
+    given = [e.turns[0].pair.advantages for e in episodes]
+    assert given == [[pytest.approx(1, abs=1e-5)], [pytest.approx(-1, abs=1e-5)]]
+
+
 @pytest.mark.parametrize("micro_tokens", [None, 10])
-def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
+def test_an_algorithm_has_its_own_loss_normaliser_and_metrics(micro_tokens):
     """The loss sees advantages, entropies with a gradient, and which token is whose."""
     seen = []
 
@@ -331,9 +363,9 @@ def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
         def loss(self, batch, logp):
             seen.extend(batch.advantages[batch.mask].tolist())
             loss = -batch.entropy - batch.action_mean(logp) * batch.advantages
-            return loss, {"twice": 2.0 * batch.mask.sum().item()}
+            return loss, {"twice": 2.0 * batch.mask.sum()}  # a tensor is as good as a number
 
-        def denominator(self, pairs):
+        def normaliser(self, pairs):
             return 4 * len(pairs)
 
         def learns_from(self, pair):
@@ -352,7 +384,11 @@ def test_an_algorithm_has_its_own_loss_denominator_and_metrics(micro_tokens):
     s.offpolicy_prob = 0.0
     metrics = update(bag, Own(s), episodes, 1.0)
     torch.testing.assert_close(bag.weight, alone.weight + gradient / 12)  # 4 * 3 turns
-    assert metrics["twice"] == 2 and sorted(seen) == pytest.approx([-1.0] * 2 + [1.0] * 5, abs=1e-5)
+    assert (
+        metrics["twice"] == 2
+        and type(metrics["twice"]) is float
+        and sorted(seen) == pytest.approx([-1.0] * 2 + [1.0] * 5, abs=1e-5)
+    )
 
 
 def test_clipping_and_metrics_are_of_the_ratio_of_the_algorithm():

@@ -302,7 +302,7 @@ def test_a_damaged_result_or_another_file_is_not_continued(run, tmp_path, capsys
 
 
 # --- The tables -----------------------------------------------------------------------------------
-SOLVED = dict(zip(evaluation.FIGURES, (100, 100, 100, 1, 0), strict=True))
+SOLVED = dict(zip(evaluation.FIGURES, (100.0, 100.0, 100.0, 1.0, 0.0), strict=True))
 
 
 def test_a_player_that_knows_the_solutions_gets_100(checkpoint, tmp_path, monkeypatch):

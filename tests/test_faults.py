@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -44,10 +44,11 @@ STABLE_JAVA = "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2"
 
 
 # --- A process for train.py, in which something happens at the n-th touch of a file ---------------
-def child(argv, output, run_dir, event, act, argument):
+def child(argv, output, environment, run_dir, event, act, argument):
     os.dup2(output.fileno(), 1)
     os.dup2(1, 2)
     sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
+    os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # its own would leak a semaphore when killed
     torch.set_num_threads(1)
     count = 0
@@ -99,41 +100,51 @@ def remove(path):
         path.unlink()
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Imports everything once; its children share neither threads nor locks with the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("JAVA_TOOL_OPTIONS", STABLE_JAVA)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train", "test_faults"])
-        yield context
+@contextmanager
+def fork_server():
+    """Imports everything once; its children share neither threads nor locks with the tests.
 
+    Yields a function that starts a process of train.py -> (process, a function that waits for it
+    -> exit code, output).
+    """
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    same = {"PYTHONPATH": path, "JAVA_TOOL_OPTIONS": STABLE_JAVA, "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "test_faults"])
+    started = []
 
-@pytest.fixture
-def launch(server):
-    def launch(argv, run_dir, event=-1, act=nothing, argument=None):
-        """(process of train.py, a function that waits for it -> exit code, output)."""
-        reader, output = server.Pipe(duplex=False)  # no file: the disk may be full
+    def launch(argv, run_dir, event=-1, act=nothing, argument=None, **environment):
+        reader, output = context.Pipe(duplex=False)  # no file: the disk may be full
         argv = [str(word) for word in (*argv, "--run-dir", run_dir)]
-        process = server.Process(target=child, args=(argv, output, run_dir, event, act, argument))
+        args = (argv, output, environment, run_dir, event, act, argument)
+        process = context.Process(target=child, args=args)
         process.start()
         started.append(process)
         output.close()
 
         def end():
+            limit = threading.Timer(300, process.kill)
+            limit.start()
             with open(reader.fileno(), closefd=False, errors="replace") as file:
                 said = file.read()  # the end of train.py and of its JVM
             process.join()
+            limit.cancel()
             return process.exitcode, said
 
         return process, end
 
-    started = []
-    yield launch
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in same.items():
+            patch.setenv(name, value)
+        yield launch
     for process in started:
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def launch():
+    with fork_server() as launch:
+        yield launch
 
 
 @pytest.fixture
@@ -389,7 +400,7 @@ def test_a_fault_costs_its_episode_and_five_in_a_row_stop_the_run(
     faults = (10, 10**6)
     assert resume(copy, 6) == 2
     assert "five times in a row" in capsys.readouterr().err
-    faults = (len(calls) + 8, len(calls) + 10)
+    faults = (len(calls) + 14, len(calls) + 16)
     assert resume(copy, 6) == 0
     last = runs.records(copy / "metrics.jsonl")[4:]
     assert sum(m["episodes_dropped"] for m in last) == (2 if method == "act" else 0)

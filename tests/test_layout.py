@@ -11,7 +11,7 @@ MODULES = {path.removesuffix(".py").replace("/", ".") for path in TRACKED}
 MAY = {  # what the files of a folder import; "" is the root
     "": {"", "engine", "standin"},
     "engine": {"engine", "settings"},
-    "algorithms": {"", "algorithms"},
+    "algorithms": {"", "algorithms", "standin"},
     "worlds": {"envs", "engine", "worlds"},
 }
 

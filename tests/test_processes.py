@@ -1,12 +1,10 @@
 """Several processes are one run: its numbers, one line when it fails, and it goes on."""
 
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from datetime import timedelta
 
@@ -15,28 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from test_faults import fork_server, nothing
 from test_train import SMALL, start, timeless, weights
-from tqdm import tqdm
 
 import train
 from engine import processes, runs
-
-
-def child(rank, count, port, hosted, argv, output, act):
-    os.dup2(output.fileno(), 1)
-    os.dup2(1, 2)
-    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(hosted)
-    tqdm.set_lock(threading.RLock())
-    torch.set_num_threads(1)
-    act(rank)
-    os._exit(train.main(argv))
-
-
-def nothing(rank):
-    pass
 
 
 def no_patience(rank):
@@ -53,14 +34,8 @@ def second_is_out_of_memory(rank):
 
 @pytest.fixture(scope="module")
 def server():
-    """Imports everything once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("TORCH_CPP_LOG_LEVEL", "FATAL")  # as train.py sets it
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train", "test_processes"])
-        yield context
+    with fork_server() as launch:
+        yield launch
 
 
 @pytest.fixture
@@ -70,38 +45,29 @@ def launch(server):
     Returns the processes and a function that waits for them -> (exit codes, the lines that say why,
     all that was said).
     """
+    stores = []
 
-    def launch(argv, ranks=(0, 1), count=2, act=nothing, port=None):
-        hosted, argv = port is None, [str(word) for word in argv]
+    def launch(argv, run_dir, ranks=(0, 1), count=2, act=nothing, port=None):
+        hosted = port is None
         if hosted:
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            stores.append(store)
-            port = store.port
-        reader, output = server.Pipe(duplex=False)
-        args = (count, port, hosted, argv, output, act)
-        ours = [server.Process(target=child, args=(rank, *args)) for rank in ranks]
-        for process in ours:
-            process.start()
-        started.extend(ours)
-        output.close()
+            stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+            port = stores[-1].port
+        shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared["TORCHELASTIC_USE_AGENT_STORE"] = hosted
+        ours = []
+        for rank in ranks:
+            environment = {"RANK": rank, "LOCAL_RANK": rank} | shared
+            environment = {name: str(value) for name, value in environment.items()}
+            ours.append(server(argv, run_dir, 0, act, rank, **environment))
 
         def end():
-            limit = threading.Timer(200, lambda: [process.kill() for process in ours])
-            limit.start()
-            with open(reader.fileno(), closefd=False, errors="replace") as file:
-                said = file.read()
-            for process in ours:
-                process.join()
-            limit.cancel()
-            lines = [x for x in said.splitlines() if x.startswith(("train.py: ", "stopped"))]
-            return [process.exitcode for process in ours], lines, said
+            codes, said = zip(*[end() for _, end in ours], strict=True)
+            lines = "".join(said).splitlines()
+            return codes, [x for x in lines if x.startswith(("train.py: ", "stopped"))], said
 
-        return ours, end
+        return [process for process, _ in ours], end
 
-    started, stores = [], []
-    yield launch
-    for process in started:
-        process.kill()
+    return launch
 
 
 # --- One run --------------------------------------------------------------------------------------
@@ -118,9 +84,10 @@ def alone(tmp_path_factory):
 
 def test_several_processes_play_and_learn_what_one_does(alone, launch, tmp_path):
     """Also where some have no row in a step, and no episode in an evaluation: two for three."""
-    codes, _, said = launch([*SMALL, *LEARN, "--run-dir", tmp_path], range(3), 3)[1]()
-    assert codes == [0] * 3, said
-    assert said.count("iteration 3 of 3") == said.count("look at its episodes") == 1
+    codes, _, said = launch([*SMALL, *LEARN], tmp_path, range(3), 3)[1]()
+    assert codes == (0, 0, 0), said
+    assert [text.count("iteration 3 of 3") for text in said] == [1, 0, 0]
+    assert [text.count("look at its episodes") for text in said] == [1, 0, 0]
     assert runs.records(tmp_path / "episodes.jsonl") == runs.records(alone / "episodes.jsonl")
     for memory in ("tips.npz", "novelty.npz"):
         ours, theirs = (np.load(d / "checkpoint-3" / memory) for d in (tmp_path, alone))
@@ -139,22 +106,21 @@ def test_several_processes_play_and_learn_what_one_does(alone, launch, tmp_path)
 
 def test_a_signal_stops_all_after_the_same_iteration_and_a_lost_one_is_said(launch, tmp_path):
     """To one process; the run goes on. Of the other it is said, once, how to go on."""
-    new = [*SMALL, "--run-dir", tmp_path, "--iterations", 10000, "--save-every", 1000]
-    go_on = ["--resume", "--run-dir", tmp_path, "--save-every", 1000]
+    new = [*SMALL, "--iterations", 10000, "--save-every", 1000]
     done = 0
-    for argv, stop in ((new, signal.SIGTERM), (go_on, signal.SIGKILL)):
-        both, end = launch(argv)
+    for argv, stop in ((new, signal.SIGTERM), (["--resume"], signal.SIGKILL)):
+        both, end = launch(argv, tmp_path)
         while len(runs.records(tmp_path / "metrics.jsonl")) <= done:
             assert all(process.is_alive() for process in both)
             time.sleep(0.05)
         os.kill(both[1].pid, stop)
         codes, lines, said = end()
-        assert len(lines) == 1 and "0x" not in said, said
+        assert len(lines) == 1 and "0x" not in "".join(said), said
         if stop == signal.SIGTERM:
-            assert codes == [130, 130] and lines[0].endswith("continues")
+            assert codes == (130, 130) and lines[0].endswith("continues")
             done = len(runs.records(tmp_path / "metrics.jsonl"))
             assert runs.checkpoints(tmp_path) == [0, done]
-    assert codes == [2, -signal.SIGKILL]
+    assert codes == (2, -signal.SIGKILL)
     assert lines == ["train.py: another process was lost; the same launch with --resume continues"]
     assert start(tmp_path, "--resume", "--save-every", 1, "--iterations", done + 1) == 0
     played = [m["iteration"] for m in runs.records(tmp_path / "metrics.jsonl")]
@@ -163,27 +129,27 @@ def test_a_signal_stops_all_after_the_same_iteration_and_a_lost_one_is_said(laun
 
 # --- One line -------------------------------------------------------------------------------------
 def test_a_process_that_fails_says_why_and_the_other_ends(launch, tmp_path):
-    codes, lines, said = launch([*SMALL, "--run-dir", tmp_path], act=second_is_out_of_memory)[1]()
-    assert codes == [2, 1] and len(lines) == 1 and "--micro-tokens" in lines[0], said
+    codes, lines, said = launch(SMALL, tmp_path, act=second_is_out_of_memory)[1]()
+    assert codes == (2, 1) and len(lines) == 1 and "--micro-tokens" in lines[0], said
 
 
 def test_what_cannot_run_is_one_line(launch, tmp_path, monkeypatch):
-    new = [*SMALL, "--run-dir", tmp_path / "new"]
+    new = tmp_path / "new"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         for wanted, *launched in (
-            ("lower --num_processes", [*new, "--group-size", 1], range(3), 3),
-            ("no room", [*new, "--context", 20]),
-            ("did not meet", new, [1], 2, no_patience),
-            ("another port", new, [0], 2, nothing, taken.getsockname()[1]),
+            ("lower --num_processes", [*SMALL, "--group-size", 1], new, range(3), 3),
+            ("no room", [*SMALL, "--context", 20], new),
+            ("did not meet", SMALL, new, [1], 2, no_patience),
+            ("another port", SMALL, new, [0], 2, nothing, taken.getsockname()[1]),
         ):
             codes, lines, said = launch(*launched)[1]()
             assert 0 not in codes and len(lines) == 1 and wanted in lines[0], said
     typo = [sys.executable, ROOT / "train.py", "--envs", "house"]
     silent = subprocess.run(typo, env={**os.environ, "RANK": "1"}, capture_output=True)
     assert silent.returncode == 2 and not silent.stderr, "process 0 says it"
-    left = [path.name for path in (tmp_path / "new").glob("*")]
+    left = [path.name for path in new.glob("*")]
     assert left in ([], ["error.log"])  # written where another process still held the directory
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -479,7 +479,8 @@ def test_intrinsic_rewards_by_hand():
 def toy_learner(algorithm):
     memory = memory_of("old tip")
     memory.order = algorithm.order_tips
-    return SimpleNamespace(policy=ToyPolicy(), tip_memory=memory, novelty=NoveltyStore())
+    parts = {"tip_memory": memory, "novelty": NoveltyStore(), "episodes": 0}
+    return SimpleNamespace(policy=ToyPolicy(), **parts)
 
 
 def iterate(algorithm, learner=None, iteration=0, pool=(("task", 0), ("task", 1), ("task", 2))):
@@ -558,7 +559,7 @@ def test_which_tips_are_admitted():
     class Best(Algorithm):
         def admitted(self, episodes):
             offered.extend(episodes)
-            return [max(episodes, key=lambda e: e.score)]
+            return iter([max(episodes, key=lambda e: e.score)])  # a list is as good
 
     memory = memory_of("old")
     episodes = [finished(JOBS[0], score, tip, [["old"]]) for score, tip in zip((5, 9, 7), "ab ")]
@@ -607,18 +608,33 @@ def test_an_iteration_collects_groups_until_it_has_what_it_wants():
 
     algorithm = Twice(Settings(group_size=2, tasks_per_iteration=9))
     learner = toy_learner(algorithm)
+    assert algorithm.iteration == 0
     episodes, metrics = iterate(algorithm, learner, iteration=5)
     jobs = [job for jobs in rounds for job in jobs]
     assert [(job.group, job.member) for job in jobs] == [(g, m) for g in range(4) for m in (0, 1)]
     assert [e.job for e in episodes] == jobs[2:] and metrics["kept"] == 6
     assert {job.variation for job in jobs[:6]} == {0, 1, 2} and jobs[6].variation in (0, 1, 2)
-    assert (metrics["episodes"], metrics["episodes_dropped"]) == (6, 2)
+    assert (metrics["episodes"], metrics["episodes_dropped"]) == (6, 0)
+    assert learner.episodes == 8  # played, also those that nothing is learnt from
     assert len({tuple(turn.action for turn in e.turns) for e in episodes}) > 1
     held = sum(len(slot.texts) for slot in learner.tip_memory.slots.values())
     assert held == 1 + len({(e.job.variation, e.tip) for e in episodes})
     assert sum(learner.novelty.slots["task/1"].counts) == sum(
         len(e.turns) + 1 for e in episodes if e.job.variation == 1
     )
+
+
+def test_a_metric_has_one_meaning():
+    own = type("Own", (Algorithm,), {"metrics": lambda self, episodes: {"score": 1.0}})
+    algorithm = own(Settings(group_size=2, tasks_per_iteration=1))
+    with pytest.raises(ValueError, match="score is a metric already"):
+        iterate(algorithm, toy_learner(algorithm))
+
+
+def test_an_iteration_without_episodes_is_one_line():
+    empty = type("Picky", (Algorithm,), {"collect": lambda self, draw, play: play(draw(1))[:0]})
+    with pytest.raises(ValueError, match="Picky.collect returned no episodes; return"):
+        iterate(empty(Settings()))
 
 
 @pytest.mark.parametrize("level", ["turn", "episode", "batch"])
