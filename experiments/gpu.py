@@ -224,7 +224,7 @@ class Bench:
         self.begin()
         run = partial(score_rows, self.policy, batch, s)
         if with_gradient:
-            run = partial(accumulate_gradient, self.policy, batch, Algorithm(s), denominator=1)
+            run = partial(accumulate_gradient, self.policy, batch, Algorithm(s), 1)
         one = seconds(run)
         needed = sum(len(row.ids) for row in rows)
         return {

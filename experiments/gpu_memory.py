@@ -40,14 +40,12 @@ from rollout import Episode, Job, Turn, past
 from settings import Settings
 
 CARDS = (24, 32, 40, 48, 80, 141)  # GB
-RESERVE = 0.1  # of the card
 ROLLOUT_BATCHES = (16, 32, 64, 128)  # 128 episodes are an iteration
 MICRO_TOKENS = (4096, 6144, 8192, 16384, 32768)
 STEERING = (torch.bool, torch.int32, torch.int64)
 ANY_TOKEN = 77  # no control token
 ACTION = 3  # tokens that are sampled
 NEWS = 512  # new tokens of a dialogue: a long observation and ten tips
-aten = torch.ops.aten
 
 
 # --- A policy with random weights -----------------------------------------------------------------
@@ -224,9 +222,9 @@ class LiveBytes(TorchDispatchMode):
                 return out
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func is aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0
-        if func is aten.index.Tensor:
+        if func is torch.ops.aten.index.Tensor:
             args = (args[0], whole_numbers(args[1]))
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor) and out.dtype in STEERING:
@@ -291,7 +289,7 @@ def update_peak(policy, optimizer, memory, rows, context):
     episodes = [make_episode(policy, rng, context=context) for _ in range(rows)]
     batch = [pack(learnt_pairs(episode, s)) for episode in episodes]
     memory.reset()
-    accumulate_gradient(policy, batch, Algorithm(s), denominator=1)
+    accumulate_gradient(policy, batch, Algorithm(s), 1)
     optimizer.step()
     return memory.peak
 
@@ -325,7 +323,7 @@ def what_fits(peaks, card, contexts):
 
     The most that leave a tenth of the card (its GB) free.
     """
-    fitting = {piece for piece, peak in peaks.items() if peak <= (1 - RESERVE) * card * 1e9}
+    fitting = {piece for piece, peak in peaks.items() if peak <= 0.9 * card * 1e9}
     most = []
     for context in contexts:
         decoded = {piece[1:] for piece in fitting if piece[0] == "decode"}

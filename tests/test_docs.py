@@ -36,16 +36,19 @@ class Parsed(Exception):
 
 
 @pytest.fixture(scope="module")
-def my_idea(tmp_path_factory):
-    """The example of docs/forks.md, as it is pasted."""
-    text = (ROOT / "docs" / "forks.md").read_text(encoding="utf-8")
-    path = tmp_path_factory.mktemp("fork") / "my_idea.py"
-    path.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
-    return str(path)
+def pasted(tmp_path_factory):
+    """{name: where it is} of the files that README.md and docs/forks.md let one save."""
+    folder, found = tmp_path_factory.mktemp("fork"), {}
+    for document in ("README.md", "docs/forks.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for name, code in re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", text, re.DOTALL):
+            (folder / name).write_text(code)
+            found[name] = str(folder / name)
+    return found
 
 
-def understand(command, monkeypatch, my_idea):
-    words = shlex.split(command.replace("my_idea.py", my_idea))[1:]
+def understand(command, monkeypatch, pasted):
+    words = [pasted.get(word, word) for word in shlex.split(command)[1:]]
     if words[0] == "-m":
         words = words[1:]
     name, argv = words[0].removesuffix(".py").replace("/", "."), words[1:]
@@ -78,14 +81,14 @@ def understand(command, monkeypatch, my_idea):
 
 
 @pytest.mark.parametrize("where, command", commands())
-def test_every_written_command_is_understood(where, command, monkeypatch, my_idea):
-    understand(command, monkeypatch, my_idea)
+def test_every_written_command_is_understood(where, command, monkeypatch, pasted):
+    understand(command, monkeypatch, pasted)
 
 
-def test_a_wrong_command_would_be_noticed(monkeypatch, my_idea):
+def test_a_wrong_command_would_be_noticed(monkeypatch, pasted):
     for wrong in ("python train.py --env house --tasks power-component", "python eval.py"):
         with pytest.raises((ValueError, AssertionError)):
-            understand(wrong, monkeypatch, my_idea)
+            understand(wrong, monkeypatch, pasted)
 
 
 EXAMPLES = [path for path in SOURCES if ">>> " in path.read_text(encoding="utf-8")]

@@ -5,6 +5,7 @@ pytest tests/test_sweep.py
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -354,6 +355,11 @@ def test_the_report(tmp_path):
         "missing",
         *map("{:.2f}".format, paper.TABLE_1["find-plant"]),
     ] in rows
+
+
+def test_a_run_whose_evaluations_were_all_lost_is_not_finished(tmp_path):
+    write_run(tmp_path / "find-plant/grpo/0", "another task", {4: 40.0})
+    assert "| grpo | 1 iterations |" in re.sub(" +", " ", write_report(tmp_path, "standin"))
 
 
 @pytest.mark.parametrize("model", ["standin", "standin/stages"])
