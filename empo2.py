@@ -54,6 +54,7 @@ import torch
 
 import memory
 from engine import processes
+from engine.errors import paired
 from engine.packing import micro_batches, pack_rows, visibility
 from rollout import no_progress
 from settings import Settings
@@ -281,7 +282,7 @@ def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
     draw_update_modes(episodes, algorithm, rng)
     for episode in episodes:
         pairs = algorithm.training_pairs(episode)
-        for turn, pair in zip(episode.turns, pairs, strict=True):
+        for turn, pair in paired(episode.turns, pairs, "training_pairs, per turn,"):
             turn.pair = pair
     progress("update", "old log-probs")
     gaps = score_pairs(policy, episodes, s)
@@ -371,8 +372,8 @@ def score_rows(policy, rows, s):
 
 def give_advantages(episodes, estimated):
     """Give each token of each turn its advantage."""
-    for episode, of_turns in zip(episodes, estimated, strict=True):
-        for turn, advantage in zip(episode.turns, of_turns, strict=True):
+    for episode, of_turns in paired(episodes, estimated, "advantages, per episode,"):
+        for turn, advantage in paired(episode.turns, of_turns, "advantages, per turn,"):
             length = len(turn.pair.action)
             turn.pair.advantages = np.broadcast_to(advantage, length).tolist()
             turn.advantage = float(np.mean(turn.pair.advantages))

@@ -147,17 +147,16 @@ def run_parts(args, algorithm, adapter, load, env, pool, parts, save):
                     parts.append(part)
                     save()
                 if args.protocol == "ood":  # also after a stop: it follows from what is written
-                    remember(part["played"], tips, embed)
+                    remember(part, tips, embed)
 
 
-def remember(played, tips, embed):
+def remember(part, tips, embed):
     """What `rollout.store_tips` does with episodes, of those in the file."""
-    for episode in played:
+    for episode in part["played"]:
         tips.judge(episode["tips_shown"], episode["score"], episode["slot"])
-    writers = [episode for episode in played if episode["tip"]]
-    keys = embed([episode["state"] for episode in writers])
-    for episode, key in zip(writers, keys, strict=True):
-        tips.add(key, episode["tip"], episode["score"], episode["slot"])
+    keys = embed([tip["state"] for tip in part["admitted"]])
+    for tip, key in zip(part["admitted"], keys, strict=True):
+        tips.add(key, tip["tip"], tip["score"], tip["slot"])
 
 
 def require_tips(tips, pool, s):
@@ -196,12 +195,20 @@ def play(policy, worlds, pool, trial, shown, embed, args, algorithm, progress):
                 "ended": episode.ended,
                 "tips_shown": sorted({tip for turn in episode.turns for tip in turn.shown}),
                 "tip": episode.tip,
+                "slot": rollout.memory_slot(episode.job, s.memory_scope),
+            }
+            for episode in played
+        ],
+        "admitted": [
+            {
+                "tip": episode.tip,
+                "score": episode.score,
                 "state": rollout.memory_text(
                     episode, episode.turns[-1].next_observation, s.memory_key
                 ),
                 "slot": rollout.memory_slot(episode.job, s.memory_scope),
             }
-            for episode in played
+            for episode in algorithm.admitted([episode for episode in played if episode.tip])
         ],
     }
 

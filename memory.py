@@ -84,9 +84,9 @@ class TipMemory:
 
     def judge(self, texts, score, slot):
         """Count the score of an episode that was shown these tips of the slot."""
+        stored = self.slots.get(slot)
         for text in texts:
-            stored = self.slots[slot]
-            if text in stored.texts:
+            if stored and text in stored.texts:
                 index = stored.texts.index(text)
                 stored.totals[index] += score
                 stored.trials[index] += 1
@@ -104,7 +104,10 @@ class TipMemory:
             return []
         stored = self.slots[slot]
         similarity = stored.keys[: len(stored.texts)] @ np.float32(key)  # [n]
-        return [stored.texts[i] for i in self.order(stored, similarity)]
+        order = np.array(self.order(stored, similarity))
+        if order.dtype == bool or len(set(order.tolist())) < len(order):
+            raise ValueError("order_tips must return distinct indexes")
+        return [stored.texts[i] for i in order]
 
     def save(self, path):
         """Write the content to a .npz file."""

@@ -20,6 +20,14 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}; {hint}")
 
 
+def paired(items, values, what):
+    """(item, value) for each item. Raises ValueError if there are not as many values."""
+    values = list(values)
+    if len(values) != len(items):
+        raise ValueError(f"{what} gave {len(values)} for {len(items)}")
+    return zip(items, values)
+
+
 def first_line(error):
     """The beginning of an exception's text, on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

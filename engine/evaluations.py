@@ -125,7 +125,16 @@ def earlier_parts(path, protocol):
         result = json.loads(path.read_text())
         parts = result["parts"]
         other = differing(protocol, result["protocol"])
-        needed = {"task", "trial", "episodes", "turns", "memory_turns", "played", *FIGURES}
+        needed = {
+            "task",
+            "trial",
+            "episodes",
+            "turns",
+            "memory_turns",
+            "played",
+            "admitted",
+            *FIGURES,
+        }
         if not all(needed <= part.keys() for part in parts):
             raise ValueError("a part is not whole")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

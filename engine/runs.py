@@ -63,6 +63,7 @@ def open_run(s, notes, names, stack):
 def continue_run(run_dir, s, names):
     """(the run's own settings, its newest checkpoint); `names` are those given on --resume."""
     saved, start = newest_checkpoint(run_dir)
+    names = {name if hasattr(s, name) else name.removeprefix("no_") for name in names}  # --no-x
     given = {name: getattr(s, name) for name in names & {"iterations", "model", *RESUMABLE}}
     for name in names - {"resume", "run_dir", *given}:
         if getattr(s, name) != getattr(saved, name, None):

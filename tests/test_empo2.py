@@ -322,7 +322,7 @@ def test_an_advantage_for_each_turn_or_token(wrong):
     """An episode, a turn or a token without one."""
     algorithm = Algorithm(Settings())
     algorithm.advantages = lambda episodes: wrong
-    with pytest.raises(ValueError, match="zip|broadcast"):
+    with pytest.raises(ValueError, match="gave|broadcast"):
         update(Bag(), algorithm, [drawn_episode(2), drawn_episode(2)])
 
 

@@ -3,6 +3,7 @@
 import io
 import re
 import tokenize
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -146,6 +147,17 @@ def test_what_a_config_says_counts_on_resume_as_if_it_were_given(tmp_path, monke
     run = ["--resume", "--run-dir", str(tmp_path / "run")]
     assert train.main([*run, "--config", str(tmp_path / "mine.yaml")]) == 2
     assert seen == [{"resume", "run_dir", "config", "env", "iterations"}]
+
+
+def test_a_switch_that_is_turned_off_cannot_change_on_resume(tmp_path, monkeypatch):
+    @dataclass
+    class Own(settings.Settings):
+        cut: bool = True
+
+    monkeypatch.setattr(runs, "newest_checkpoint", lambda run_dir: (Own(), 1))
+    monkeypatch.setattr(runs, "changed_sources", lambda folder: {})
+    with pytest.raises(ValueError, match="own settings; cut cannot change"):
+        runs.continue_run(tmp_path, Own(cut=False), {"resume", "no_cut"})  # --no-cut
 
 
 @pytest.mark.parametrize("number", [np.float32(2), np.int64(2), torch.tensor(2.0)])
