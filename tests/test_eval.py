@@ -449,7 +449,7 @@ def test_what_is_remembered_of_the_file_is_what_training_would_store(key, monkey
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: episodes)
     args, pool = SimpleNamespace(seed=0, protocol="ood", episodes=1), [("fan", 0), ("fan", 1)]
     part = evaluation.play(None, [], pool, 1, None, None, args, algorithm, None)
-    evaluation.remember(json.loads(json.dumps(part["played"])), read, embed)
+    evaluation.remember(json.loads(json.dumps(part)), read, embed)
     rollout.store_tips(episodes, stored, embed, algorithm)
     assert list(read.slots) == list(stored.slots)
     for slot, held in read.slots.items():
