@@ -45,7 +45,6 @@ what we do; a comment `# [n]` marks each place in the code. "Paper" is the text 
 14. The normaliser is the number of action tokens of the optimiser step (Eq. 2 has 1/(NT), turns).
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -55,6 +54,7 @@ import torch
 import memory
 from engine import processes
 from engine.errors import paired
+from engine.metrics import update_metrics
 from engine.packing import micro_batches, pack_rows, visibility
 from rollout import no_progress
 from settings import Settings
@@ -287,8 +287,7 @@ def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
     progress("update", "old log-probs")
     gaps = score_pairs(policy, episodes, s)
     give_advantages(episodes, algorithm.advantages(episodes))
-    parts = []
-    norms = []
+    parts, norms = [], []
     steps = optimiser_steps(episodes, algorithm, rng)
     for number, (rows, normaliser) in enumerate(steps, 1):
         progress("update", f"step {number} of {len(steps)}")
@@ -304,21 +303,8 @@ def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
             )
         optimizer.step()
         norms.append(norm.item())
-    sums = Counter()
-    for part in processes.gather(parts):
-        sums.update(part)
-    tokens = sums.pop("tokens", 0)
-    means = {name: total / tokens for name, total in sorted(sums.items())}
-    groups = {episode.job.group for episode in episodes}
-    moved = {e.job.group for e in episodes if any(any(t.pair.advantages) for t in e.turns)}
-    return means | {
-        "grad_norm": float(np.mean(norms)) if norms else 0.0,
-        "optimizer_steps": len(norms),
-        "sampler_gap": max(gaps, default=None),
-        "sampler_gap_mean": float(np.mean(gaps)) if gaps else None,
-        "return": float(np.mean([algorithm.episode_return(episode) for episode in episodes])),
-        "zero_variance_groups": 1 - len(moved) / len(groups),
-    }
+    returns = [algorithm.episode_return(episode) for episode in episodes]
+    return update_metrics(parts, norms, gaps, episodes) | {"return": float(np.mean(returns))}
 
 
 def draw_update_modes(episodes, algorithm, rng):

@@ -44,6 +44,7 @@ import memory
 import rollout
 import settings
 from engine import hardware, logs, processes, runs
+from engine.metrics import rollout_metrics, transcript, with_own
 from policy import Policy, load_policy
 
 
@@ -83,8 +84,8 @@ def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
     metrics = {}
     if s.learning_rate:
         metrics = empo2.update(learner.policy, learner.optimizer, episodes, algorithm, rng, clock)
-    metrics |= {"iteration": iteration, **logs.rollout_metrics(episodes, sum(lost), learner)}
-    return episodes, logs.with_own(metrics, algorithm.metrics(episodes))
+    metrics |= {"iteration": iteration, **rollout_metrics(episodes, sum(lost), learner)}
+    return episodes, with_own(metrics, algorithm.metrics(episodes))
 
 
 def explore(learner, worlds, jobs, embed, algorithm, rng, clock):
@@ -158,7 +159,7 @@ def train(s, run_dir, start=None):
             learner.seconds += sum(clock.seconds.values())
             runs.append(run_dir / "metrics.jsonl", [metrics])
             transcripts = [
-                logs.transcript(iteration, episode, algorithm.episode_return(episode))
+                transcript(iteration, episode, algorithm.episode_return(episode))
                 for episode in episodes
             ]
             runs.append(run_dir / "episodes.jsonl", transcripts)

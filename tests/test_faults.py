@@ -29,7 +29,8 @@ import eval as evaluation
 import memory
 import rollout
 import train
-from engine import logs, runs
+from engine import runs
+from engine.metrics import transcript
 from policy import load_policy
 from settings import Settings
 from worlds.house import House
@@ -505,7 +506,7 @@ def test_no_text_breaks_anything_or_becomes_structure(answers, checkpoint, tmp_p
         (wave,) = rollout.rollout(policy, houses, jobs, tips, embed, algorithm, rng, envs.EnvFault)
         rollout.write_tips(policy, wave, s)
         rollout.store_tips(wave, tips, embed, algorithm)
-        runs.append(path, [logs.transcript(0, episode, 1.0) for episode in wave])
+        runs.append(path, [transcript(0, episode, 1.0) for episode in wave])
         episodes += wave
     assert len(tips) == 30, "the memory is bounded"
     for context in contexts:
