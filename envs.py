@@ -53,7 +53,7 @@ class Env(abc.ABC):
 
     One object plays one episode at a time; make as many objects as there are parallel episodes.
     `task` and `variation` tell which; `steps` were played, for `score` points so far.
-    `lane` is its number among these objects, set by who plays them.
+    `env_index` is its number among these objects, set by who plays them.
 
     step_limit  actions per episode, at least 1; None: the environment's own, see limit()
     """
@@ -62,7 +62,7 @@ class Env(abc.ABC):
     DEFAULT_TASKS: ClassVar[list[str]] = []  # what is played when no task is named
     DEFAULT_STEP_LIMIT = 30
     STEP_LIMITS: ClassVar[dict[str, int]] = {}  # of single tasks, where it is not the default
-    lane = 0
+    env_index = 0
     worker = 0  # environments of different workers may be called at the same time, in threads
 
     def __init__(self, step_limit: int | None = None):

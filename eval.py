@@ -93,12 +93,12 @@ def evaluate(
     playing.shown_tips = list
     for _ in range(5):  # once, unless the simulators lose every single episode
         played = []
-        for wave in rollout.rollout(
+        for batch in rollout.rollout(
             policy, worlds, jobs, tips, embed, playing, rng, envs.EnvFault, progress
         ):
             if write:
-                rollout.write_tips(policy, wave, s, progress)
-            played += wave
+                rollout.write_tips(policy, batch, s, progress)
+            played += batch
         played = rollout.gather(played)
         if played:
             return played
@@ -120,8 +120,8 @@ def run_parts(args, algorithm, adapter, load, env, pool, parts, save):
     """Play what is missing of the parts, a list of trials of tasks; `save` is called after each."""
     s = algorithm.s
     embed = memory.embedder(s.embedder)
-    lanes = min(s.rollout_batch, len(pool) * args.episodes)
-    worlds = [env] + [envs.from_settings(s) for _ in range(lanes - 1)]
+    parallel = min(s.rollout_batch, len(pool) * args.episodes)
+    worlds = [env] + [envs.from_settings(s) for _ in range(parallel - 1)]
     tips = memory.TipMemory(s.memory_capacity, algorithm.order_tips)
     if args.memory:
         tips.load(adapter / "tips.npz")

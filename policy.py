@@ -30,7 +30,7 @@ from engine import weights
 from engine.cache import DialogueCache
 from engine.chat import END_OF_THOUGHT, chat_format
 from engine.decode import CudaGraphs, FusedAdapter, decode
-from engine.hardware import find_place
+from engine.hardware import find_device
 
 ROOT = Path(__file__).parent
 END_OF_TURN = "<|im_end|>"
@@ -140,12 +140,12 @@ class Policy:
 
     # --- The model ---
     @torch.no_grad()
-    def sample(self, prompts, uniforms, temperature, lanes=None):
+    def sample(self, prompts, uniforms, temperature, dialogue_ids=None):
         """Sample one continuation of each prompt.
 
         prompts: B lists of ids, any lengths. uniforms: [B, n] numbers in [0, 1), one for each token
         that may be sampled: the same numbers give the same tokens, regardless of the other prompts.
-        temperature: 0 = greedy. lanes: the number of each one's dialogue in the key-value cache;
+        temperature: 0 = greedy. dialogue_ids: which dialogue of the cache each continues;
         what a prompt shares with what its dialogue holds is not computed again. None: nothing is
         kept.
         Returns (actions, logps): for each prompt the sampled ids, ending in a control token unless
@@ -156,15 +156,17 @@ class Policy:
             return [], []
         self.model.eval()  # gradient checkpointing, in train mode, would not keep keys and values
         cache = self.cache
-        if lanes is None:
+        if dialogue_ids is None:
             cache = DialogueCache()
-            lanes = range(len(prompts))
+            dialogue_ids = range(len(prompts))
         uniforms = torch.tensor(np.stack(uniforms), device=self.device)
         lengths = [len(prompt) for prompt in prompts]
         if cache.adapter is None:
             cache.adapter = FusedAdapter(self.model, self.model.dtype)
         with self.autocast(), cache.adapter:
-            states = cache.extend(self.model.get_base_model().model, prompts, lanes)  # [B, d]
+            states = cache.extend(
+                self.model.get_base_model().model, prompts, dialogue_ids
+            )  # [B, d]
             tokens, logps = decode(self, cache, states, lengths, uniforms, temperature)  # [B, m]
         actions, behaviour = self.cut(tokens.tolist(), logps.tolist())
         if not all(np.isfinite(action_logps).all() for action_logps in behaviour):
@@ -300,7 +302,7 @@ def load_policy(s, adapter=None):
         policy = Policy.load(
             name,
             adapter=adapter,
-            device=find_place().device,
+            device=find_device().device,
             dtype=s.dtype or "float32",
             **{name: getattr(s, name) for name in OPTIONS},
         )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine import processes
-from engine.simulators import load, side_by_side
+from engine.simulators import reset_env, side_by_side
 
 
 # --- What flows through ---------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class Episode:
 
     job: Job
     rng: np.random.Generator  # its own, so results do not depend on parallel episodes
-    lane: int  # index of its environment, and of its dialogue in the key-value cache
+    env_index: int  # index of its environment, and of its dialogue in the key-value cache
     task_text: str  # u
     system_ids: list[int]  # the system message: task, formats, hints
     header_ids: list[int]  # opens every action
@@ -124,9 +124,9 @@ class Playing:
 def rollout(
     policy, envs, jobs, memory, embed, algorithm, rng, env_fault, progress=no_progress
 ) -> Iterator[list[Episode]]:
-    """Play an episode per job, `len(envs)` side by side; yield each such wave, in the jobs' order.
+    """Play an episode per job, `len(envs)` side by side; yield each such batch, in the jobs' order.
 
-    When a wave is yielded the policy's cache still holds its dialogues. memory: a store with
+    When a batch is yielded the policy's cache still holds its dialogues. memory: a store with
     `retrieve`. embed: texts -> [n, d] unit rows. rng: an episode's draws come from a generator
     spawned from it, so neither the number of environments nor their order changes them.
     env_fault: the exception of a simulator that died; its episode is left out.
@@ -137,19 +137,19 @@ def rollout(
     rngs = processes.share(rng.spawn(len(jobs)))
     jobs = processes.share(jobs)
     policy.forget()  # the weights have changed
-    for lane, env in enumerate(envs):
-        env.lane = lane
+    for env_index, env in enumerate(envs):
+        env.env_index = env_index
     for first in range(0, len(jobs), len(envs)):
-        progress("rollout", "loading")
+        progress("rollout", "reset")
         live = []
-        openings = side_by_side(load, envs, jobs[first : first + len(envs)], env_fault)
+        openings = side_by_side(reset_env, envs, jobs[first : first + len(envs)], env_fault)
         for env, job, own_rng, opening in zip(envs, jobs[first:], rngs[first:], openings):
-            playing = begin(policy, env, job, own_rng, len(live), opening, s.history)
+            playing = start_episode(policy, env, job, own_rng, len(live), opening, s.history)
             playing.memory_mode = batch_mode
             if s.mode_level == "episode":
                 playing.memory_mode = algorithm.memory_mode(own_rng)
             live.append(playing)
-        wave = [playing.episode for playing in live]
+        batch = [playing.episode for playing in live]
         while live:
             progress("rollout", f"turn {len(live[0].episode.turns) + 1}")
             open_turns(policy, live, memory, embed, algorithm)
@@ -157,7 +157,7 @@ def rollout(
             sample_actions(policy, live, s)
             act(policy, live, env_fault, algorithm.needs_anchors)
             live = [playing for playing in live if not playing.episode.ended]
-        yield [episode for episode in wave if episode.ended != LOST]
+        yield [episode for episode in batch if episode.ended != LOST]
 
 
 def gather(episodes):
@@ -165,11 +165,11 @@ def gather(episodes):
     return sorted(processes.gather(episodes), key=lambda e: (e.job.group, e.job.member))
 
 
-def begin(policy, env, job, rng, lane, opening, history=0):
-    """The episode that a `load` has opened."""
+def start_episode(policy, env, job, rng, env_index, opening, history=0):
+    """The episode that `reset_env` has opened."""
     observation, info = opening
     system_ids = policy.message("system", info["prompt"])
-    episode = Episode(job, rng, lane, info["task"], system_ids, policy.header, history=history)
+    episode = Episode(job, rng, env_index, info["task"], system_ids, policy.header, history=history)
     return Playing(episode, env, observation, False)
 
 
@@ -188,9 +188,11 @@ def open_turns(policy, live, memory, embed, algorithm):
     retrieved = {}
     for playing, key in zip(asking, keys, strict=True):
         episode = playing.episode
-        retrieved[episode.lane] = memory.retrieve(key, memory_slot(episode.job, s.memory_scope))
+        retrieved[episode.env_index] = memory.retrieve(
+            key, memory_slot(episode.job, s.memory_scope)
+        )
     for playing in live:
-        open_turn(policy, playing, retrieved.get(playing.episode.lane, []), algorithm)
+        open_turn(policy, playing, retrieved.get(playing.episode.env_index, []), algorithm)
 
 
 def open_turn(policy, playing, tips, algorithm):
@@ -243,8 +245,8 @@ def sample_actions(policy, live, s):
 def sample(policy, episodes, prompts, max_tokens, temperature):
     """Continue the dialogues of these episodes: ids and log-probs of each."""
     uniforms = [episode.rng.random(max_tokens) for episode in episodes]
-    lanes = [episode.lane for episode in episodes]
-    return policy.sample(prompts, uniforms, temperature, lanes)
+    env_indexes = [episode.env_index for episode in episodes]
+    return policy.sample(prompts, uniforms, temperature, env_indexes)
 
 
 def step(env, action, env_fault, anchored=False):

@@ -96,12 +96,12 @@ def explore(learner, worlds, jobs, embed, algorithm, rng, clock):
     policy = learner.policy
     for _ in range(5):
         episodes = []
-        for wave in rollout.rollout(
+        for batch in rollout.rollout(
             policy, worlds, jobs, learner.tip_memory, embed, algorithm, rng, envs.EnvFault, clock
         ):
             if algorithm.s.memory_prob:
-                rollout.write_tips(policy, wave, algorithm.s, clock)
-            episodes += wave
+                rollout.write_tips(policy, batch, algorithm.s, clock)
+            episodes += batch
         episodes = rollout.gather(episodes)
         if episodes:
             return episodes
@@ -222,15 +222,15 @@ def make_envs(policy, algorithm):
         eval_pool = envs.task_pool(env, s.tasks, "test", s.eval_variations)
     for task, variation in pool + eval_pool:
         job = rollout.Job(task, variation, 0, 0)
-        opening = rollout.load(env, job, envs.EnvFault)
-        playing = rollout.begin(policy, env, job, None, 0, opening)
+        opening = rollout.reset_env(env, job, envs.EnvFault)
+        playing = rollout.start_episode(policy, env, job, None, 0, opening)
         rollout.open_turn(policy, playing, [], algorithm)
         if s.memory_prob:
             request_alone = dataclasses.replace(playing.episode, turns=[], score=-100)
             rollout.tip_prompt(policy, request_alone, s.context - s.tip_tokens)
     played = processes.share(range(s.tasks_per_iteration * s.group_size))
-    lanes = min(s.rollout_batch, len(played))
-    return [env] + [envs.from_settings(s) for _ in range(lanes - 1)], pool, eval_pool
+    parallel = min(s.rollout_batch, len(played))
+    return [env] + [envs.from_settings(s) for _ in range(parallel - 1)], pool, eval_pool
 
 
 def parse(argv):

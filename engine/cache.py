@@ -26,20 +26,20 @@ class DialogueCache:
         self.layers = {}  # layer -> [keys, values], each [dialogues, positions, heads, d]
         self.dialogues = 0  # how many fit
         self.positions = 0  # most tokens of each
-        self.lanes = []  # which dialogue is at each index
+        self.dialogue_ids = []  # of the dialogue at each index
         self.held = []  # its ids
         self.steps = {}  # of decode.py; what is recorded holds while the tensors stay in place
         self.adapter = None  # of decode.py, too
         self.tokens_needed = 0  # of prompts; what they share with what was held is not counted
         self.tokens_computed = 0  # the same with padding
 
-    def extend(self, model, prompts, lanes):
-        """Make each lane's dialogue hold its prompt -> states [B, d] of the last tokens.
+    def extend(self, model, prompts, dialogue_ids):
+        """Make each dialogue hold its prompt -> states [B, d] of the last tokens.
 
         What a prompt shares with what its dialogue holds is not computed again, and of prompts that
         are equal, as the first ones of a group are, one is computed.
         """
-        self.bring_to_front(lanes)
+        self.bring_to_front(dialogue_ids)
         self.grow(0, max(map(len, prompts)))
         firsts = {}  # prompt -> the first dialogue that is to hold it
         for b, prompt in enumerate(prompts):
@@ -131,20 +131,23 @@ class DialogueCache:
             self.dialogues += more_dialogues
             self.positions += more_positions
 
-    def bring_to_front(self, lanes):
+    def bring_to_front(self, dialogue_ids):
         """Order the dialogues so that a batch is a view, and finished ones cost nothing."""
-        for lane in lanes:
-            if lane not in self.lanes:
-                self.lanes.append(lane)
+        for dialogue_id in dialogue_ids:
+            if dialogue_id not in self.dialogue_ids:
+                self.dialogue_ids.append(dialogue_id)
                 self.held.append([])
-        self.grow(batch_size(len(self.lanes)), 0)
-        for i, lane in enumerate(lanes):
-            j = self.lanes.index(lane)
+        self.grow(batch_size(len(self.dialogue_ids)), 0)
+        for i, dialogue_id in enumerate(dialogue_ids):
+            j = self.dialogue_ids.index(dialogue_id)
             if i != j:
                 for stores in self.layers.values():
                     for store in stores:
                         store[[i, j]] = store[[j, i]]
-                self.lanes[i], self.lanes[j] = self.lanes[j], self.lanes[i]
+                self.dialogue_ids[i], self.dialogue_ids[j] = (
+                    self.dialogue_ids[j],
+                    self.dialogue_ids[i],
+                )
                 self.held[i], self.held[j] = self.held[j], self.held[i]
 
 

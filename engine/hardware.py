@@ -21,7 +21,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 CARDS = ((40, 32, 16384), (60, 64, 16384), (math.inf, 128, 16384))
 
 
-class Place(NamedTuple):
+class Device(NamedTuple):
     """Where the model is."""
 
     device: str
@@ -29,13 +29,13 @@ class Place(NamedTuple):
     gigabytes: float  # of a GPU; 0 without. A "24 GB" card has 25.4
 
 
-def find_place():
+def find_device():
     """This process's GPU, or the CPU. All else is settings, which a CPU can have as well."""
     if not torch.cuda.is_available():
-        return Place("cpu", "no GPU", 0.0)
+        return Device("cpu", "no GPU", 0.0)
     number = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(number)
-    return Place(f"cuda:{number}", properties.name, properties.total_memory / 1e9)
+    return Device(f"cuda:{number}", properties.name, properties.total_memory / 1e9)
 
 
 STANDIN = "a tiny stand-in for a language model; its scores are no result"
@@ -60,7 +60,7 @@ CHOICES = {
 
 def defaults(s, default_tasks):
     """Fill in what was left to the hardware -> (settings, a line of reason per value)."""
-    place = find_place()
+    place = find_device()
     where = place.name
     if place.gigabytes:
         where = f"{place.name}, {place.gigabytes:.0f} GB"

@@ -23,7 +23,7 @@ def side_by_side(call, envs, arguments, env_fault):
     return [results[index] for index in range(len(arguments))]
 
 
-def load(env, job, env_fault):
+def reset_env(env, job, env_fault):
     """Reset the environment; a few tries, as a simulator may have to be built anew."""
     for attempt in range(1, 6):
         try:

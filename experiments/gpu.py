@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 from empo2 import Algorithm, accumulate_gradient, score_rows
 from engine.decode import CudaGraphs
 from engine.errors import first_line
-from engine.hardware import find_place
+from engine.hardware import find_device
 from engine.packing import micro_batches, pack, shared_length
 from engine.runs import write_json
 from experiments import gpu_memory
@@ -296,7 +296,7 @@ def main(argv=None):
         parser.error(f"{args.out} exists; give another --out")
     transformers_logging.set_verbosity_error()
     begin = time.monotonic()
-    place = find_place()
+    place = find_device()
     scale = GPU if place.gigabytes else CPU
     rates = peak_rates(place.device, scale)
     results = {"place": place.name, "torch": torch.__version__, "rates": rates, "weights": {}}

@@ -265,18 +265,18 @@ def rollout_peaks(policy, memory, dialogues, context):
     Prefill: one dialogue is read from its beginning, the others' last `NEWS` tokens.
     memory: has `reset()` and `peak`.
     """
-    lanes = range(dialogues)
+    dialogue_ids = range(dialogues)
     # No two are the same: of equal ones one would be computed.
-    prompts = [[ANY_TOKEN] * (context - ACTION - 1) + [lane] for lane in lanes]
+    prompts = [[ANY_TOKEN] * (context - ACTION - 1) + [dialogue_id] for dialogue_id in dialogue_ids]
     uniforms = np.full((dialogues, ACTION), 0.5)
     policy.forget()
-    policy.cache.bring_to_front(lanes)
+    policy.cache.bring_to_front(dialogue_ids)
     policy.cache.held = [[]] + [prompt[:-NEWS] for prompt in prompts[1:]]
     memory.reset()
-    policy.sample(prompts, uniforms[:, :1], 1.0, lanes)
+    policy.sample(prompts, uniforms[:, :1], 1.0, dialogue_ids)
     peaks = {"prefill": memory.peak}
     memory.reset()
-    policy.sample(prompts, uniforms, 1.0, lanes)
+    policy.sample(prompts, uniforms, 1.0, dialogue_ids)
     peaks["decode"] = memory.peak
     policy.forget()
     return peaks

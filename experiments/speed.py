@@ -78,9 +78,9 @@ def play(policy, prompts, observations, action_tokens):
     """Turns with given observation ids [turn][episode] -> episodes."""
     policy.forget()
     episodes = []
-    for lane, rng in enumerate(np.random.default_rng(0).spawn(len(prompts))):
-        job = rollout.Job("", 0, lane, 0)
-        episodes.append(rollout.Episode(job, rng, lane, "", prompts[lane], policy.header))
+    for env_index, rng in enumerate(np.random.default_rng(0).spawn(len(prompts))):
+        job = rollout.Job("", 0, env_index, 0)
+        episodes.append(rollout.Episode(job, rng, env_index, "", prompts[env_index], policy.header))
     for turn_observations in observations:
         for episode, ids in zip(episodes, turn_observations, strict=True):
             episode.turns.append(rollout.Turn("", ids))

@@ -123,7 +123,9 @@ def play(policy, env, rng):
     The advantage of a turn is its weight in what is learnt.
     """
     job = Job(rng.choice(env.tasks()), variation=0, group=0, member=0)
-    playing = rollout.begin(policy, env, job, None, 0, rollout.load(env, job, EnvFault))
+    playing = rollout.start_episode(
+        policy, env, job, None, 0, rollout.reset_env(env, job, EnvFault)
+    )
     episode = playing.episode
     env.step_limit = rng.randint(4, 11)
     often = rng.choice((0, 0.3, 0.6, 0.9))
@@ -209,11 +211,11 @@ def check(folder, variations=16, seed=0):
         s.temperature = temperature
         rng = np.random.default_rng(seed)
         played = []
-        for wave in rollout.rollout(
+        for batch in rollout.rollout(
             policy, simulators, jobs, told, embed, algorithm, rng, EnvFault
         ):
-            rollout.write_tips(policy, wave, s)
-            played += wave
+            rollout.write_tips(policy, batch, s)
+            played += batch
         solved = [episode.score == 100 for episode in played]
         understood = [turn.next_observation != UNKNOWN for e in played for turn in e.turns]
         result[f"success {name}"] = float(np.mean(solved))

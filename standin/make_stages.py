@@ -212,7 +212,9 @@ def play(policy, env, rng, variation, recall=False):
     The advantage of a turn is its weight in what is learnt.
     """
     job = Job(TASK, variation, group=0, member=0)
-    playing = rollout.begin(policy, env, job, None, 0, rollout.load(env, job, EnvFault))
+    playing = rollout.start_episode(
+        policy, env, job, None, 0, rollout.reset_env(env, job, EnvFault)
+    )
     episode = playing.episode
     env.step_limit = rng.randint(4, 8)
     often = rng.choice((0, 0, 0.5, 0.9, 1))
@@ -306,11 +308,11 @@ def check(folder, episodes=8, seed=0):
         s.temperature = temperature
         rng = np.random.default_rng(seed)
         played = []
-        for wave in rollout.rollout(
+        for batch in rollout.rollout(
             policy, worlds, jobs * times, told, embed, algorithm, rng, EnvFault
         ):
-            rollout.write_tips(policy, wave, s)
-            played += wave
+            rollout.write_tips(policy, batch, s)
+            played += batch
         scores = np.array([episode.score for episode in played])
         result[f"{name}: success"] = np.mean(scores == 100)
         result[f"{name}: score"] = np.mean(scores)

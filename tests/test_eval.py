@@ -312,11 +312,13 @@ def test_a_player_that_knows_the_solutions_gets_100(checkpoint, tmp_path, monkey
     def knowing(*args):
         policy = load(*args)
 
-        def sample(prompts, uniforms, temperature, lanes):
+        def sample(prompts, uniforms, temperature, env_indexes):
             played = [env for env in made if hasattr(env, "steps")]
-            actions = [played[lane].gold_path()[played[lane].steps] for lane in lanes]
+            actions = [
+                played[env_index].gold_path()[played[env_index].steps] for env_index in env_indexes
+            ]
             written = [[*policy.encode(action), policy.end_id] for action in actions]
-            return written, [[0.0]] * len(lanes)
+            return written, [[0.0]] * len(env_indexes)
 
         policy.sample = sample
         return policy
@@ -385,8 +387,8 @@ def test_evaluations_do_not_depend_on_how_many_play_side_by_side(checkpoint):
     policy = load_policy(s)
     pool = [("radio", 96), ("fan", 97)]
     told = []
-    for lanes in (1, 3, 6):
-        worlds = [make("house", step_limit=4) for _ in range(lanes)]
+    for parallel in (1, 3, 6):
+        worlds = [make("house", step_limit=4) for _ in range(parallel)]
         rng = np.random.default_rng(0)
         played = evaluation.evaluate(policy, worlds, pool, 3, Algorithm(s), rng)
         assert [e.job.variation for e in played] == [96] * 3 + [97] * 3
@@ -402,9 +404,9 @@ def test_an_evaluation_acts_at_its_own_temperature_and_writes_tips_at_that_of_tr
     asked = []
     sample = policy.sample
 
-    def spy(prompts, uniforms, temperature, lanes):
+    def spy(prompts, uniforms, temperature, env_indexes):
         asked.append((temperature, len(uniforms[0])))
-        return sample(prompts, uniforms, temperature, lanes)
+        return sample(prompts, uniforms, temperature, env_indexes)
 
     policy.sample = spy
     worlds, algorithm = [make("house", step_limit=2)], Algorithm(s)

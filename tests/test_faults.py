@@ -488,7 +488,7 @@ def test_no_text_breaks_anything_or_becomes_structure(answers, checkpoint, tmp_p
     policy, algorithm, draw = load_policy(s), empo2.Algorithm(s), random.Random(0)
     contexts = []
 
-    def sample(prompts, uniforms, temperature, lanes):
+    def sample(prompts, uniforms, temperature, env_indexes):
         contexts.extend(prompts)
         drawn = [written(draw, policy)[: len(uniforms[0])] for _ in prompts]
         return drawn, [[-1.0] * len(ids) for ids in drawn]
@@ -503,11 +503,11 @@ def test_no_text_breaks_anything_or_becomes_structure(answers, checkpoint, tmp_p
     episodes = []
     jobs = [rollout.Job("radio", 0, 0, member) for member in range(5)]
     while len(contexts) < answers:
-        (wave,) = rollout.rollout(policy, houses, jobs, tips, embed, algorithm, rng, envs.EnvFault)
-        rollout.write_tips(policy, wave, s)
-        rollout.store_tips(wave, tips, embed, algorithm)
-        runs.append(path, [transcript(0, episode, 1.0) for episode in wave])
-        episodes += wave
+        (batch,) = rollout.rollout(policy, houses, jobs, tips, embed, algorithm, rng, envs.EnvFault)
+        rollout.write_tips(policy, batch, s)
+        rollout.store_tips(batch, tips, embed, algorithm)
+        runs.append(path, [transcript(0, episode, 1.0) for episode in batch])
+        episodes += batch
     assert len(tips) == 30, "the memory is bounded"
     for context in contexts:
         marks = [i for i in context if i in stops]

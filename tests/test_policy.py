@@ -328,25 +328,27 @@ def test_the_cache_is_exact_for_any_change_of_any_dialogue(policy):
 
     dialogues = [words(rng.randrange(5, 800)) for _ in range(6)]  # beyond a chunk and a block
     for turn in range(20):
-        lanes = rng.sample(range(6 if turn > 5 else 3), rng.randrange(1, 4))
-        for lane in lanes:
-            kept = rng.randrange(1, len(dialogues[lane]) + 1)
-            dialogues[lane] = dialogues[lane][:kept] + words(rng.randrange(0, 60))
+        dialogue_ids = rng.sample(range(6 if turn > 5 else 3), rng.randrange(1, 4))
+        for dialogue_id in dialogue_ids:
+            kept = rng.randrange(1, len(dialogues[dialogue_id]) + 1)
+            dialogues[dialogue_id] = dialogues[dialogue_id][:kept] + words(rng.randrange(0, 60))
         if turn % 3 == 0:  # two the same, whatever each of them held
-            dialogues[lanes[0]] = list(dialogues[lanes[-1]])
-        states = cache.extend(model, [dialogues[lane] for lane in lanes], lanes)
-        done = [rng.random() < 0.3 for _ in lanes]
-        tokens = torch.tensor(words(len(lanes)))
-        ends = [len(dialogues[lane]) for lane in lanes]
+            dialogues[dialogue_ids[0]] = list(dialogues[dialogue_ids[-1]])
+        states = cache.extend(
+            model, [dialogues[dialogue_id] for dialogue_id in dialogue_ids], dialogue_ids
+        )
+        done = [rng.random() < 0.3 for _ in dialogue_ids]
+        tokens = torch.tensor(words(len(dialogue_ids)))
+        ends = [len(dialogues[dialogue_id]) for dialogue_id in dialogue_ids]
         cache.grow(0, max(ends) + 1)
         positions = torch.tensor(ends).masked_fill(torch.tensor(done), -1)
         after = cache.append(model, tokens, positions, key_width(max(ends) + 1))
-        for i, lane in enumerate(lanes):
-            whole = dialogues[lane] + [tokens[i].item()]
+        for i, dialogue_id in enumerate(dialogue_ids):
+            whole = dialogues[dialogue_id] + [tokens[i].item()]
             alone = model(torch.tensor([whole])).last_hidden_state[0]
             torch.testing.assert_close(states[i], alone[-2], atol=1e-4, rtol=0)
             if not done[i]:
-                dialogues[lane] = whole
+                dialogues[dialogue_id] = whole
                 cache.held[i].append(whole[-1])
                 torch.testing.assert_close(after[i], alone[-1], atol=1e-4, rtol=0)
 
@@ -427,14 +429,16 @@ def test_a_step_is_recorded_once_for_each_size(policy, monkeypatch):
         played = []
         for turn, live in enumerate([range(5)] * 2 + [range(3)] * 2 + [[1, 3]] * 2 + [range(5)]):
             if turn in (0, 6):
-                new = [policy.message("user", "look " * 10 * lane) for lane in range(5)]
+                new = [
+                    policy.message("user", "look " * 10 * dialogue_id) for dialogue_id in range(5)
+                ]
                 dialogues = dict(enumerate(new))
-            prompts = [dialogues[lane] + policy.header for lane in live]
+            prompts = [dialogues[dialogue_id] + policy.header for dialogue_id in live]
             actions, _ = policy.sample(prompts, rng.random((len(live), 12)), 1.0, live)
             played.append(actions)
-            for lane, action in zip(live, actions, strict=True):
+            for dialogue_id, action in zip(live, actions, strict=True):
                 words = policy.message("user", "go " * 60)
-                dialogues[lane] += policy.past(action) + words
+                dialogues[dialogue_id] += policy.past(action) + words
         return played
 
     assert play(None) == play(record)
@@ -475,7 +479,7 @@ def test_four_bit_learns_saves_and_reloads(checkpoint, tmp_path):
 
 def test_a_gpu_is_only_a_place(monkeypatch):
     """A CPU that says it is a card gets all of a card's defaults, and they reach the model."""
-    monkeypatch.setattr(hardware, "find_place", lambda: hardware.Place("cpu", "H100", 80.0))
+    monkeypatch.setattr(hardware, "find_device", lambda: hardware.Device("cpu", "H100", 80.0))
     s, reasons = hardware.defaults(Settings(env="house", model="standin", context=1000), ["fan"])
     assert "  dtype = bfloat16  (H100, 80 GB: half the memory of float32, and faster)" in reasons
     policy = load_policy(s)

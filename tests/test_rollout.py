@@ -48,7 +48,7 @@ class ToyPolicy:
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i != STOP)
 
-    def sample(self, prompts, uniforms, temperature, lanes):
+    def sample(self, prompts, uniforms, temperature, env_indexes):
         self.shown += [self.decode(prompt) for prompt in prompts]
         for prompt, own in zip(prompts, uniforms, strict=True):
             self.asked.append((temperature, len(prompt), len(own)))
@@ -62,7 +62,7 @@ class ToyEnv:
 
     @property
     def worker(self):
-        return self.lane % 2  # called from two threads
+        return self.env_index % 2  # called from two threads
 
     def anchor(self):
         return f"after {self.turns}"
@@ -92,7 +92,7 @@ def memory_of(*tips):
     return memory
 
 
-def play(jobs=JOBS, memory=None, lanes=3, seed=0, cls=Algorithm, **options):
+def play(jobs=JOBS, memory=None, parallel=3, seed=0, cls=Algorithm, **options):
     """(policy, episodes) of a rollout; the memory holds "old tip" unless another is given."""
     memory = memory_of("old tip") if memory is None else memory
     algorithm = cls(Settings(**options))
@@ -100,9 +100,9 @@ def play(jobs=JOBS, memory=None, lanes=3, seed=0, cls=Algorithm, **options):
         memory.order = algorithm.order_tips
     policy = ToyPolicy()
     rng = np.random.default_rng(seed)
-    envs = [ToyEnv() for _ in range(lanes)]
-    waves = rollout.rollout(policy, envs, jobs, memory, EMBED, algorithm, rng, EnvFault)
-    return policy, [episode for wave in waves for episode in wave]
+    envs = [ToyEnv() for _ in range(parallel)]
+    batches = rollout.rollout(policy, envs, jobs, memory, EMBED, algorithm, rng, EnvFault)
+    return policy, [episode for batch in batches for episode in batch]
 
 
 # --- Rolling out ----------------------------------------------------------------------------------
@@ -189,9 +189,9 @@ def test_a_simulator_that_does_not_start_is_tried_five_times():
         return "it does"
 
     with pytest.raises(RuntimeError, match="five times in a row: no Java"):
-        rollout.load(SimpleNamespace(reset=reset), JOBS[0], EnvFault)
+        rollout.reset_env(SimpleNamespace(reset=reset), JOBS[0], EnvFault)
     assert len(tries) == 5
-    assert rollout.load(SimpleNamespace(reset=reset), JOBS[0], EnvFault) == "it does"
+    assert rollout.reset_env(SimpleNamespace(reset=reset), JOBS[0], EnvFault) == "it does"
 
 
 def test_workers_are_called_at_the_same_time_and_each_in_the_order_of_its_lanes():
@@ -288,7 +288,7 @@ def test_what_is_going_on_is_said():
     policy = ToyPolicy()
     worlds, rng = [ToyEnv(), ToyEnv()], np.random.default_rng(0)
     algorithm = Algorithm(Settings(memory_prob=0.0))
-    waves = rollout.rollout(
+    batches = rollout.rollout(
         policy,
         worlds,
         JOBS[:3],
@@ -299,11 +299,11 @@ def test_what_is_going_on_is_said():
         EnvFault,
         lambda *text: said.append(text),
     )
-    for wave in waves:
-        rollout.write_tips(policy, wave, algorithm.s, lambda *text: said.append(text))
+    for batch in batches:
+        rollout.write_tips(policy, batch, algorithm.s, lambda *text: said.append(text))
     turns = [("rollout", f"turn {t}") for t in (1, 2, 3, 4)]
-    wave = [("rollout", "loading"), *turns]
-    assert said == [*wave, ("tips", "2 episodes"), *wave, ("tips", "1 episodes")]
+    batch = [("rollout", "reset"), *turns]
+    assert said == [*batch, ("tips", "2 episodes"), *batch, ("tips", "1 episodes")]
 
 
 @pytest.mark.parametrize("needs", [False, True])
@@ -351,11 +351,11 @@ def test_a_tip_is_written_from_the_whole_tip_free_episode():
     assert slot.totals[0] == 99 + e.score + other.score + silent.score
 
 
-@pytest.mark.parametrize("lanes", [1, 5])
-def test_tips_enter_the_memory_when_all_episodes_are_over(lanes):
+@pytest.mark.parametrize("parallel", [1, 5])
+def test_tips_enter_the_memory_when_all_episodes_are_over(parallel):
     learner = SimpleNamespace(policy=ToyPolicy(), tip_memory=TipMemory())
     s = Settings(memory_prob=1.0)
-    envs = [ToyEnv() for _ in range(lanes)]
+    envs = [ToyEnv() for _ in range(parallel)]
     rng = np.random.default_rng(0)
     episodes = train.explore(learner, envs, JOBS, EMBED, Algorithm(s), rng, rollout.no_progress)
     assert all(e.tip for e in episodes) and not any("Tips" in x for x in learner.policy.shown)
@@ -673,8 +673,8 @@ def test_an_evaluation_has_tips_if_it_is_given_a_memory_whatever_training_does(l
 def test_the_number_of_environments_changes_no_draw(level):
     s = Settings(memory_prob=0.5, mode_level=level)
 
-    def everything(lanes):
-        worlds = [ToyEnv() for _ in range(lanes)]
+    def everything(parallel):
+        worlds = [ToyEnv() for _ in range(parallel)]
         learner = toy_learner(Algorithm(s))
         rng = np.random.default_rng(0)
         played = train.explore(learner, worlds, JOBS, EMBED, Algorithm(s), rng, rollout.no_progress)

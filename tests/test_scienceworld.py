@@ -311,8 +311,8 @@ def test_each_worker_has_a_jvm_whose_loss_is_its_own(monkeypatch):
     steps = [[step(env, action, EnvFault) for env in several] for action in walk]
     assert Jvm.living.keys() == {0}
     monkeypatch.setattr(Jvm, "SIMULATORS", 2)
-    for lane, env in enumerate(several):
-        env.lane = lane
+    for env_index, env in enumerate(several):
+        env.env_index = env_index
     assert side_by_side(load, several, jobs, EnvFault) == wanted
     for action, answers in zip(walk, steps):
         assert side_by_side(step, several, [action] * 4, EnvFault) == answers

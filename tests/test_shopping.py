@@ -107,7 +107,7 @@ class Table:
     def decode(self, ids):
         return self.actions[ids[0]]
 
-    def sample(self, prompts, uniforms, temperature, lanes):
+    def sample(self, prompts, uniforms, temperature, env_indexes):
         with torch.no_grad():
             logp = self.weight[[prompt[-2] for prompt in prompts]].log_softmax(-1)
         tokens = inverse_cdf(logp, torch.tensor(np.stack(uniforms))[:, 0])[:, None]

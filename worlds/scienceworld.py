@@ -1,4 +1,4 @@
-"""ScienceWorld: Python talks to Java programs. A JVM holds the simulators of 16 lanes."""
+"""ScienceWorld: Python talks to Java programs. A JVM holds the simulators of 16 environments."""
 
 import atexit
 import functools
@@ -229,7 +229,7 @@ class ScienceWorld(Env):
     @property
     def worker(self) -> int:
         """The number of its JVM."""
-        return self.lane // Jvm.SIMULATORS
+        return self.env_index // Jvm.SIMULATORS
 
     def tasks(self) -> list[str]:
         """The names of the 30 tasks."""
