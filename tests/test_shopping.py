@@ -147,7 +147,8 @@ def shopping(shops, preset, iterations=30):
     algorithm = cls(cls.Settings(**options))
     clicks = [f"click[mug{number}]" for number in range(8)]
     policy = Table(["search[mug]", "click[back to search]", "click[buy now]", *clicks])
-    learner = SimpleNamespace(policy=policy, tip_memory=TipMemory(), novelty=NoveltyStore())
+    parts = {"tip_memory": TipMemory(), "novelty": NoveltyStore(), "episodes": 0}
+    learner = SimpleNamespace(policy=policy, **parts)
     learner.optimizer = torch.optim.Adam(policy.trainable(), 0.2)
     scores = []
     for iteration in range(iterations):
