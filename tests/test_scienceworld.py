@@ -21,7 +21,7 @@ pytest.importorskip("scienceworld")
 
 import envs
 from envs import UNKNOWN, EnvFault, make
-from rollout import Job, load, side_by_side, step
+from rollout import Job, reset_env, side_by_side, step
 from worlds import scienceworld
 from worlds.scienceworld import Jvm
 
@@ -307,13 +307,13 @@ def test_each_worker_has_a_jvm_whose_loss_is_its_own(monkeypatch):
     jobs = [Job("power-component", variation, 0, 0) for variation in range(4)]
     walk = ["go to hallway", "look around", "teleport to workshop", "look around"]
     several = [make("scienceworld") for _ in jobs]
-    wanted = [load(env, job, EnvFault) for env, job in zip(several, jobs)]
+    wanted = [reset_env(env, job, EnvFault) for env, job in zip(several, jobs)]
     steps = [[step(env, action, EnvFault) for env in several] for action in walk]
     assert Jvm.living.keys() == {0}
     monkeypatch.setattr(Jvm, "SIMULATORS", 2)
     for env_index, env in enumerate(several):
         env.env_index = env_index
-    assert side_by_side(load, several, jobs, EnvFault) == wanted
+    assert side_by_side(reset_env, several, jobs, EnvFault) == wanted
     for action, answers in zip(walk, steps):
         assert side_by_side(step, several, [action] * 4, EnvFault) == answers
     first, second = Jvm.living[0], Jvm.living[1]
@@ -321,7 +321,7 @@ def test_each_worker_has_a_jvm_whose_loss_is_its_own(monkeypatch):
     os.kill(second.process.pid, signal.SIGKILL)
     answers = side_by_side(step, several, ["look around"] * 4, EnvFault)
     assert [answer is None for answer in answers] == [False, False, True, True]
-    assert side_by_side(load, several, jobs, EnvFault) == wanted
+    assert side_by_side(reset_env, several, jobs, EnvFault) == wanted
     assert Jvm.living[0] is first
     assert Jvm.living[1] is not second
     asked, get = [], Jvm.get
