@@ -328,12 +328,12 @@ def score_pairs(policy, episodes, s):
     Returns the differences to the sampler's log-probs of the same prompts.
     """
 
-    def unknown(pair):
+    def missing(pair):
         return [p for p in (pair, pair.second) if p and p.old_logps is None]
 
-    pairs = [pair for e in episodes for turn in e.turns for pair in unknown(turn.pair)]
+    pairs = [pair for e in episodes for turn in e.turns for pair in missing(turn.pair)]
     numbers = {id(pair): number for number, pair in enumerate(pairs)}
-    rows = processes.share(pack_rows(episodes, range(len(episodes)), s, unknown))
+    rows = processes.share(pack_rows(episodes, range(len(episodes)), s, missing))
     scored = [(numbers[id(pair)], logps) for pair, logps in score_rows(policy, rows, s)]
     gaps = []
     for number, own in processes.gather(scored):

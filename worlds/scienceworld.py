@@ -221,8 +221,8 @@ class ScienceWorld(Env):
             if part and part not in self.SIMPLIFICATIONS:
                 raise unknown("simplification", part, self.SIMPLIFICATIONS)
         self.simplification = simplification
-        self.shots = shots
-        self.action_correction = action_correction
+        self.shots = shots  # [11] of empo2.py
+        self.action_correction = action_correction  # [10]
         self.thoughts = thoughts
         self._simulator = None
 
