@@ -1,6 +1,6 @@
 """Nothing is lost: signals, kills, full disks, dying simulators, exploding ratios, bad files.
 
-python -m pytest -m slow -s -n 0 tests/test_faults.py    # 50 kills in each environment, long runs
+python -m pytest -m endurance -s -n 0    # 50 kills in each environment, long runs
 """
 
 import errno
@@ -236,8 +236,8 @@ def test_a_second_ctrl_c_in_a_java_call_ends_quietly(launch, tmp_path):
     "env, kills, iterations",
     [
         ("house", 4, 3),
-        pytest.param("house", 50, 30, marks=pytest.mark.slow),
-        pytest.param("scienceworld", 50, 12, marks=pytest.mark.slow),
+        pytest.param("house", 50, 30, marks=pytest.mark.endurance),
+        pytest.param("scienceworld", 50, 12, marks=pytest.mark.endurance),
     ],
 )
 def test_any_number_of_kills_changes_nothing(env, kills, iterations, run, tmp_path):
@@ -445,7 +445,7 @@ def test_an_exploding_ratio_is_stopped_without_the_mask_and_harmless_with_it(
 
 
 # --- Long runs ------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_long_run_stays_within_its_bounds(run, tmp_path):
     command = [*SMALL, "--tasks-per-iteration", 1, "--group-size", 2, "--memory-capacity", 4]
     code, output = run([*command, "--iterations", 1000], tmp_path)
@@ -480,7 +480,7 @@ def written(draw, policy):
     return ids + end or [policy.end_id]
 
 
-@pytest.mark.parametrize("answers", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("answers", [600, pytest.param(10_000, marks=pytest.mark.endurance)])
 def test_no_text_breaks_anything_or_becomes_structure(answers, checkpoint, tmp_path):
     """Through action, tip, memory, context and transcript."""
     few = {"memory_prob": 0.7, "tip_threshold": 0, "step_limit": 3}
