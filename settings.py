@@ -4,6 +4,7 @@ Importing this file does not load torch.
 """
 
 import argparse
+import importlib
 import math
 import os
 import sys
@@ -251,11 +252,8 @@ def parse(argv, description=None):
 
 def algorithm_class(name):
     """`empo2.Algorithm` or its subclass, by the name or path that --algorithm takes."""
-    from empo2 import Algorithm  # it needs torch, which takes seconds to load
-
-    if name == "empo2":
-        return Algorithm
-    return find_class(name, Algorithm, "algorithms")
+    base = importlib.import_module("empo2").Algorithm  # only now: it loads torch
+    return base if name == "empo2" else find_class(name, base, "algorithms")
 
 
 def of_algorithm(name):
