@@ -242,7 +242,7 @@ NOISE = {
 
 
 @pytest.mark.parametrize(
-    "tasks", [["find-plant", "use-thermometer"], pytest.param(None, marks=pytest.mark.slow)]
+    "tasks", [["use-thermometer", "find-plant"], pytest.param(None, marks=pytest.mark.slow)]
 )
 def test_gold_paths_score_as_in_the_stock_wrapper(tasks, monkeypatch):
     """Solutions (slow: of all 25 tasks without chance), interleaved: the same scores, all steps."""
