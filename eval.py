@@ -40,7 +40,7 @@ import envs
 import memory
 import rollout
 import settings
-from engine import evaluations, hardware, runs
+from engine import arguments, evaluations, hardware, runs
 from engine.evaluations import TRIALS
 from engine.tables import FIGURES, show
 from policy import load_policy
@@ -217,7 +217,7 @@ def play(policy, worlds, pool, trial, shown, embed, args, algorithm, progress):
 def run(args):
     """Evaluate, or go on with it. Returns the file that holds the result."""
     s, adapter, state = run_settings(args)
-    algorithm = settings.algorithm_class(s.algorithm)(s)
+    algorithm = arguments.algorithm_class(s.algorithm)(s)
     out = evaluations.out_file(args, adapter)
     env = envs.from_settings(s)
     pool = envs.task_pool(env, s.tasks, args.split, args.variations)
@@ -258,8 +258,8 @@ def run_settings(args):
         for file in runs.changed_sources(adapter).values():
             print(f"{file} has changed since the checkpoint; it is used as it is", file=sys.stderr)
     changed = {"rollout_batch": None, "decode_graph": None}  # as this machine can
-    other, _ = settings.parse(["--algorithm", s.algorithm, *args.settings])
-    for option in settings.given(args.settings):
+    other, _ = arguments.parse(["--algorithm", s.algorithm, *args.settings])
+    for option in arguments.given(args.settings):
         changed[option] = getattr(other, option)
     for option in ("model", "tasks"):
         if getattr(args, option) is not None:

@@ -26,7 +26,7 @@ file of --algorithm or --env, give it again to resume with the edited version.
 import sys
 
 import envs
-from engine import command
+from engine import arguments, command
 
 if __name__ == "__main__":  # report typos before slow imports
     command.refuse(sys.argv[1:], __doc__, envs.make)
@@ -42,7 +42,6 @@ import empo2
 import eval as evaluation
 import memory
 import rollout
-import settings
 from engine import hardware, logs, processes, runs
 from engine.metrics import rollout_metrics, transcript, with_own
 from policy import Policy, load_policy
@@ -131,7 +130,7 @@ def job_drawer(pool, s, rng):
 def train(s, run_dir, start=None):
     """Run the iterations from checkpoint `start` on (None: a new run) -> how many are done."""
     trackers = logs.make_trackers(s, run_dir)
-    algorithm = settings.algorithm_class(s.algorithm)(s)
+    algorithm = arguments.algorithm_class(s.algorithm)(s)
     learner = make_learner(algorithm, None if start is None else run_dir / f"checkpoint-{start}")
     worlds, pool, eval_pool = make_envs(learner.policy, algorithm)
     embed = memory.embedder(s.embedder)
@@ -234,8 +233,8 @@ def make_envs(policy, algorithm):
 
 
 def parse(argv):
-    """(settings, what was decided), as `settings.parse`, with what the hardware decides."""
-    s, notes = settings.parse(argv, __doc__)
+    """(settings, what was decided), as `arguments.parse`, with what the hardware decides."""
+    s, notes = arguments.parse(argv, __doc__)
     s, reasons = hardware.defaults(s, envs.default_tasks(s))
     if reasons:
         notes += ["decided by the hardware:", *reasons]

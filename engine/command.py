@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import settings
+from engine import arguments
 from engine.errors import unknown
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def refuse(argv, description, make):
         "TORCH_CPP_LOG_LEVEL", "FATAL"
     )  # else a lost process prints a page of C++
     try:
-        s, _ = settings.parse(argv, description)
+        s, _ = arguments.parse(argv, description)
         known = make(s.env).tasks()
         for task in s.tasks:
             if task not in known:
@@ -115,8 +116,8 @@ def run(argv, parse, train):
         s, notes = parse(argv)
         run_dir = Path(s.run_dir)
         with ExitStack() as stack:
-            asked = [*settings.config_words(s.config), *argv] if s.config else argv
-            found = processes.from_first(runs.open_run, s, notes, settings.given(asked), stack)
+            asked = [*arguments.config_words(s.config), *argv] if s.config else argv
+            found = processes.from_first(runs.open_run, s, notes, arguments.given(asked), stack)
             s, start = found
             done = train(s, run_dir, start)
         if done < s.iterations:

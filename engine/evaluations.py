@@ -5,8 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-import settings
-from engine import runs
+from engine import arguments, runs
 from engine.tables import FIGURES
 
 TRIALS = {"id": 1, "ood": 10}
@@ -41,14 +40,14 @@ def parse(argv, description):
     add("--temperature", type=float, default=0.4, help="0 = greedy (default 0.4)")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON file [RUN/eval-PROTOCOL-SPLIT-N.json, or ...-base.json]")
-    argv = settings.with_home(argv)
+    argv = arguments.with_home(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     args.settings = argv[cut + 1 :]
-    own = settings.given(args.settings) & {*OWN}
+    own = arguments.given(args.settings) & {*OWN}
     if own:
         raise ValueError(f"{', '.join(own)}: eval.py has its own option for it, before --")
-    idle = settings.given(args.settings) & ({*NO_EFFECT} - {"rollout_batch", "decode_graph"})
+    idle = arguments.given(args.settings) & ({*NO_EFFECT} - {"rollout_batch", "decode_graph"})
     if idle:
         print(f"no effect on an evaluation: {', '.join(sorted(idle))}", file=sys.stderr)
     if args.out and args.out.suffix == ".png":

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import settings
-from engine import plugins, processes
+from engine import arguments, plugins, processes
 from engine.errors import first_line
 
 try:
@@ -202,7 +201,7 @@ def read_checkpoint(folder):
         if folder.name != f"checkpoint-{state['iteration']}":
             raise ValueError(f"it is of iteration {state['iteration']}")
         saved = state["settings"]
-        cls, _ = settings.of_algorithm(saved["algorithm"])
+        cls, _ = arguments.of_algorithm(saved["algorithm"])
         other = saved.keys() ^ {f.name for f in dataclasses.fields(cls)}
         other |= {"tokenizer", "weights", "sources"} - state.keys()
         if other:

@@ -36,10 +36,11 @@ from tqdm import tqdm
 import envs
 import train
 from engine import runs
+from engine.arguments import Parser, as_words, read_config, with_home
 from engine.command import STOPS, handle
 from engine.errors import unknown
 from experiments import report
-from settings import PRESETS, Parser, as_words, read_config, with_home
+from settings import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"

@@ -15,7 +15,7 @@ import envs
 import eval as evaluation
 import settings
 import train
-from engine import command, evaluations, plugins, runs
+from engine import arguments, command, evaluations, plugins, runs
 
 DOCUMENT = (ROOT / "docs" / "forks.md").read_text(encoding="utf-8")
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -83,43 +83,43 @@ def test_what_is_no_fork_is_refused_in_one_line(name, content, message, tmp_path
     (tmp_path / "fork.py").write_text(content)
     for _ in range(2):  # what has failed is not half there
         with pytest.raises(ValueError, match=message) as caught:
-            settings.parse(["--algorithm", name])
+            arguments.parse(["--algorithm", name])
         assert "\n" not in str(caught.value)
 
 
 def test_a_name_is_a_file_of_algorithms():
     for file in (ROOT / "algorithms").glob("*.py"):
-        cls = settings.algorithm_class(file.stem)
+        cls = arguments.algorithm_class(file.stem)
         assert issubclass(cls, empo2.Algorithm) and cls.__module__ == f"algorithms.{file.stem}"
-    assert settings.algorithm_class("empo2") is empo2.Algorithm
+    assert arguments.algorithm_class("empo2") is empo2.Algorithm
 
 
 def test_its_settings_are_flags(fork, capsys):
     with pytest.raises(SystemExit):
-        settings.parse(["--algorithm", "my_idea.py", "--help"])
+        arguments.parse(["--algorithm", "my_idea.py", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--loss-weight LOSS_WEIGHT weight of episodes below their group's mean" in shown
-    s, _ = settings.parse(["--algorithm", "my_idea.py", "--loss-weight", "0.25"])
+    s, _ = arguments.parse(["--algorithm", "my_idea.py", "--loss-weight", "0.25"])
     assert s.loss_weight == 0.25 and s.algorithm == str(fork)  # a resume may start elsewhere
-    assert settings.algorithm_class(s.algorithm)(s).s is s
+    assert arguments.algorithm_class(s.algorithm)(s).s is s
     with pytest.raises(ValueError, match="--loss-wieght'; did you mean --loss-weight"):
-        settings.parse(["--algorithm", "my_idea.py", "--loss-wieght", "1"])
+        arguments.parse(["--algorithm", "my_idea.py", "--loss-wieght", "1"])
     with pytest.raises(ValueError, match="unknown setting '--loss-weight'"):
-        settings.parse(["--loss-weight", "1"])
+        arguments.parse(["--loss-weight", "1"])
 
 
 def test_its_preset_comes_with_it_and_is_said(tmp_path):
     grpo = [f"preset grpo: {name} = {value}" for name, value in settings.GRPO.items()]
-    s, notes = settings.parse(["--algorithm", "gspo"])
+    s, notes = arguments.parse(["--algorithm", "gspo"])
     assert (s.preset, s.memory_prob, s.clip_high) == ("grpo", 0.0, 4e-4) and notes == grpo
-    s, notes = settings.parse(["--algorithm", "gspo", "--memory-prob", "0.5"])
+    s, notes = arguments.parse(["--algorithm", "gspo", "--memory-prob", "0.5"])
     assert s.memory_prob == 0.5 and notes == grpo[1:]
-    s, notes = settings.parse(["--algorithm", "gspo", "--preset", "empo2"])
+    s, notes = arguments.parse(["--algorithm", "gspo", "--preset", "empo2"])
     assert (s.preset, s.memory_prob, notes) == ("empo2", 0.25, [])
-    s, _ = settings.parse(["--preset", "empo2-gigpo", "--step-weight", "2"])
+    s, _ = arguments.parse(["--preset", "empo2-gigpo", "--step-weight", "2"])
     assert (s.algorithm, s.memory_prob, s.step_weight) == ("gigpo", 0.25, 2.0)
     (tmp_path / "mine.yaml").write_text("algorithm: gspo\nmemory_prob: 0.7\nclip_high: 0.1\n")
-    s, notes = settings.parse(["--config", str(tmp_path / "mine.yaml")])
+    s, notes = arguments.parse(["--config", str(tmp_path / "mine.yaml")])
     assert (s.algorithm, s.preset, s.memory_prob, s.clip_high) == ("gspo", "grpo", 0.0, 0.1)
     assert notes == grpo
 
@@ -127,11 +127,11 @@ def test_its_preset_comes_with_it_and_is_said(tmp_path):
 def test_a_config_can_leave_a_setting_to_the_default_but_not_to_another_config(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("run_dir: null\nvariations:\nlora_r: 4\n")
-    s, _ = settings.parse(["--config", str(path)])
+    s, _ = arguments.parse(["--config", str(path)])
     assert (s.run_dir, s.variations, s.lora_r) == (None, None, 4)
     path.write_text("config: base.yaml\nlora_r: 4\n")
     with pytest.raises(ValueError, match=r"mine\.yaml: cannot name another config$"):
-        settings.parse(["--config", str(path)])
+        arguments.parse(["--config", str(path)])
 
 
 def test_what_a_config_says_counts_on_resume_as_if_it_were_given(tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_base_model_is_evaluated_with_the_settings_of_the_algorithm():
 
 
 def test_a_world_is_a_file(fork, capsys):
-    s, _ = settings.parse(["--env", "my_world.py", "--env-options", "rooms=3"])
+    s, _ = arguments.parse(["--env", "my_world.py", "--env-options", "rooms=3"])
     assert s.env == str(fork.parent / "my_world.py")
     env = envs.from_settings(s)
     assert type(env).__name__ == "World" and "radio" in env.tasks()

@@ -10,8 +10,8 @@ import torch
 
 import empo2
 import rollout
-import settings
 import train
+from engine import arguments
 from envs import EnvFault, make
 from memory import NoveltyStore, TipMemory, embedder
 from policy import Policy, inverse_cdf
@@ -143,7 +143,7 @@ def shopping(shops, preset, iterations=30):
     """Mean score of each iteration of Algorithm 1, tip-free, from a policy that knows nothing."""
     options = {"history": 2, "group_size": 32, "tasks_per_iteration": 1, "learning_rate": 0.2}
     options |= PRESETS[preset]
-    cls = settings.algorithm_class(options.get("algorithm", "empo2"))
+    cls = arguments.algorithm_class(options.get("algorithm", "empo2"))
     algorithm = cls(cls.Settings(**options))
     clicks = [f"click[mug{number}]" for number in range(8)]
     policy = Table(["search[mug]", "click[back to search]", "click[buy now]", *clicks])

@@ -28,7 +28,7 @@ import envs
 import eval as evaluation
 import settings
 import train
-from engine import command, evaluations, logs, runs
+from engine import arguments, command, evaluations, logs, runs
 from engine.errors import UNKNOWN
 from experiments import sweep
 from policy import Policy
@@ -274,8 +274,8 @@ def test_without_fcntl_it_is_one_line(monkeypatch):
 # --- Settings -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_differs_in_what_it_names(name):
-    plain = vars(settings.parse([])[0])
-    ours = vars(settings.parse(["--preset", name])[0])
+    plain = vars(arguments.parse([])[0])
+    ours = vars(arguments.parse(["--preset", name])[0])
     gigpo = {"step_weight": 1.0, "discount": 0.95} if "gigpo" in name else {}
     assert ours == {**plain, **PRESETS[name], **gigpo, "preset": name}
 
@@ -287,16 +287,16 @@ def test_flags_go_before_the_preset_and_that_before_the_file(tmp_path):
         "learning_rate: 1.0e-4\nload_in_4bit: false\nmemory_prob: 0.4\ngroup_size: 3\nbeta: 0.1\n"
     )
     argv = ["--config", str(file), "--group_size=4", "--intrinsic-coef", "0.5"]
-    s, notes = settings.parse(argv)
+    s, notes = arguments.parse(argv)
     assert (s.env, s.tasks, s.env_options) == ("house", ["radio", "fan"], ["rooms=2"])
     assert (s.learning_rate, s.load_in_4bit, s.beta) == (1e-4, False, 0.1)
     assert s.model == os.path.expanduser("~/m")
     assert (s.preset, s.memory_prob, s.min_prob) == ("grpo", 0, 0), "the preset's"
     assert (s.group_size, s.intrinsic_coef) == (4, 0.5), "the flags'"
     assert notes == ["preset grpo: memory_prob = 0.0", "preset grpo: min_prob = 0.0"]
-    assert settings.parse([*argv, "--preset", "no-mask"])[0].memory_prob == 0.4
+    assert arguments.parse([*argv, "--preset", "no-mask"])[0].memory_prob == 0.4
     file.write_text("algorithm: gigpo\nstep_weight: 2\n")
-    s, _ = settings.parse(["--config", str(file)])
+    s, _ = arguments.parse(["--config", str(file)])
     assert (s.algorithm, s.preset, s.step_weight, s.memory_prob) == ("gigpo", "gigpo", 2, 0)
 
 
@@ -328,14 +328,14 @@ def test_a_wrong_config_is_one_line(text, said, tmp_path, capsys):
 
 def test_a_path_from_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    s, _ = settings.parse(["--run-dir=~/x", "--model", "~/m", "--env-options", "data=~/d"])
+    s, _ = arguments.parse(["--run-dir=~/x", "--model", "~/m", "--env-options", "data=~/d"])
     assert (s.run_dir, s.model, s.env_options) == ("/home/me/x", "/home/me/m", ["data=/home/me/d"])
     args = evaluations.parse(["--model=~/m", "--out=~/o", "--", "--embedder=~/e"], "")
     assert (args.model, str(args.out)) == ("/home/me/m", "/home/me/o")
     assert args.settings == ["--embedder=/home/me/e"]
     args, shared = sweep.parse(["laptop", "--out=~/s", "--", "--model=~/m"])
     assert str(args.out) == "/home/me/s" and shared[-1] == "--model=/home/me/m"
-    assert settings.with_home(["a~/x", "x=y=z"]) == ["a~/x", "x=y=z"]
+    assert arguments.with_home(["a~/x", "x=y=z"]) == ["a~/x", "x=y=z"]
 
 
 # --- What is shown and tracked --------------------------------------------------------------------
