@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from dataclasses import dataclass
 
@@ -224,6 +226,24 @@ def test_the_example_of_the_document_runs_and_a_changed_file_is_noticed(fork, ca
     code, said = resume("--algorithm", "gspo")
     assert code == 2 and "algorithm cannot change" in said
     assert len(runs.records(fork.parent / "run" / "metrics.jsonl")) == 3
+
+
+def test_an_error_of_a_fork_names_its_line(fork, capsys):
+    fork.write_text(
+        f"{HEAD}class A(Algorithm):\n  def collect(self, draw, play):\n    return 1 / 0\n"
+    )
+    assert (
+        train.main(["--algorithm", "my_idea.py", "--env", "house", *SMALL, "--run-dir", "r"]) == 2
+    )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"train.py: ZeroDivisionError: division by zero ({fork}, line 5)"
+    assert "Traceback" in (fork.parent / "r" / "error.log").read_text()
+
+
+def test_a_world_in_a_file_is_played_by_hand(fork):
+    command = [sys.executable, ROOT / "envs.py", "--env", "my_world.py", "--task", "radio"]
+    done = subprocess.run(command, input="look around\n", capture_output=True, text=True)
+    assert "[score 0] > " in done.stdout and not done.stderr
 
 
 # --- The document ---------------------------------------------------------------------------------
