@@ -1,6 +1,6 @@
 """Keys and values of many dialogues, kept from turn to turn.
 
-It changes no number: skip it on a first reading.
+Infrastructure: skip it on a first reading.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The step that samples one token for each dialogue, all of it on the device.
 
-It changes no number: skip it on a first reading.
+Infrastructure: skip it on a first reading.
 
 A step of a 7B model is well over a thousand kernels, and Python may take longer to launch them than
 a GPU to run them; neither was measured. So what changes from token to token is in tensors that stay

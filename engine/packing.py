@@ -1,6 +1,6 @@
 """Pack training pairs that share prompts into rows.
 
-It changes no number: skip it on a first reading.
+Infrastructure: skip it on a first reading.
 
 A row is a tree of tokens in depth-first order: what the prompts of its pairs share is there once.
 The descendants of token i stand at i + 1 ... ends[i] - 1, so token k is seen by token q exactly if

@@ -1,6 +1,6 @@
 """Load the weights that were asked for, all of them, or refuse in one line.
 
-It changes no number: skip it on a first reading.
+Infrastructure: skip it on a first reading.
 """
 
 import hashlib
