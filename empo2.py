@@ -67,9 +67,9 @@ class Pair:
 
     prompt: list[int]  # what the numerator π_θ(a | prompt) is conditioned on
     action: list[int]
-    old_logps: list[float] | None = None  # of the action; None = evaluated under `prompt`
+    old_logps: list[float] | None = None  # of the action; None = to be evaluated under `prompt`
     sampled_logps: list[float] | None = None  # if it was sampled with `prompt`: for `sampler_gap`
-    second: "Pair | None" = None  # the action under another prompt: scored, too, for `advantages`
+    second: "Pair | None" = None  # the action under another prompt, for `needs_logps`
     advantages: list[float] = field(default_factory=list)  # of each token, once they are known
 
 
@@ -87,6 +87,7 @@ class Batch:
     advantages: torch.Tensor  # 0 outside the mask
     positions: torch.Tensor | None = None
     visible: torch.Tensor | None = None
+    unscored: torch.Tensor | None = None  # bool, True where `old_logps` are missing, if any are
     entropy: torch.Tensor | None = None  # of π_θ at each token, in nats, with its gradient
     ref_logp: torch.Tensor | None = None  # under π_ref, if `beta` asks for it
 
@@ -117,6 +118,7 @@ class Algorithm:
     Settings = Settings  # a subclass of it has the settings of its own
     preset = "empo2"  # the default preset
     needs_anchors = False  # does each turn need the name of its state, `Env.anchor`?
+    needs_logps = False  # do `advantages` need the log-probs of each `turn.pair`?
 
     def __init__(self, s):
         self.s = s
@@ -177,7 +179,7 @@ class Algorithm:
     def advantages(self, episodes):
         """For each episode a list with an advantage per turn: a number, or a list of one per token.
 
-        GRPO: the same for all turns of an episode (§2). `turn.pair` has the log-probs by now.
+        GRPO: the same for all turns of an episode (§2).
         """
         returns = [self.episode_return(episode) for episode in episodes]
         groups = [episode.job.group for episode in episodes]
@@ -284,11 +286,15 @@ def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
         pairs = algorithm.training_pairs(episode)
         for turn, pair in paired(episode.turns, pairs, "training_pairs, per turn,"):
             turn.pair = pair
-    progress("update", "old log-probs")
-    gaps = score_pairs(policy, episodes, s)
+    if algorithm.needs_logps:
+        progress("update", "old log-probs")
+        score_pairs(policy, episodes, s)
     give_advantages(episodes, algorithm.advantages(episodes))
     parts, norms = [], []
     steps = optimiser_steps(episodes, algorithm, rng)
+    if len(steps) > 1:
+        progress("update", "old log-probs")
+        score_later_steps(policy, steps, s)
     for number, (rows, normaliser) in enumerate(steps, 1):
         progress("update", f"step {number} of {len(steps)}")
         optimizer.zero_grad()
@@ -304,7 +310,7 @@ def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
         optimizer.step()
         norms.append(norm.item())
     returns = [algorithm.episode_return(episode) for episode in episodes]
-    return update_metrics(parts, norms, gaps, episodes) | {"return": float(np.mean(returns))}
+    return update_metrics(parts, norms, episodes) | {"return": float(np.mean(returns))}
 
 
 def draw_update_modes(episodes, algorithm, rng):
@@ -323,10 +329,7 @@ def draw_update_modes(episodes, algorithm, rng):
 
 
 def score_pairs(policy, episodes, s):
-    """Evaluate π_old under each pair's own prompt, in the trainer's arithmetic (also `second`). [2]
-
-    Returns the differences to the sampler's log-probs of the same prompts.
-    """
+    """Evaluate π_old under each pair's own prompt, also of `second`. [2]"""
 
     def missing(pair):
         return [p for p in (pair, pair.second) if p and p.old_logps is None]
@@ -335,13 +338,16 @@ def score_pairs(policy, episodes, s):
     numbers = {id(pair): number for number, pair in enumerate(pairs)}
     rows = processes.share(pack_rows(episodes, range(len(episodes)), s, missing))
     scored = [(numbers[id(pair)], logps) for pair, logps in score_rows(policy, rows, s)]
-    gaps = []
-    for number, own in processes.gather(scored):
-        pair = pairs[number]
-        pair.old_logps = own
-        if pair.sampled_logps:
-            gaps += np.abs(np.subtract(own, pair.sampled_logps)).tolist()
-    return gaps
+    for number, logps in processes.gather(scored):
+        pairs[number].old_logps = logps
+
+
+def score_later_steps(policy, steps, s):
+    """Evaluate π_old for all steps but the first, in which π_θ still is π_old. [2]"""
+    rows = [row for rows, _ in steps[1:] for row in rows]
+    rows = [row for row in rows if any(pair.old_logps is None for _, pair in row.spans)]
+    for pair, logps in score_rows(policy, rows, s):
+        pair.old_logps = pair.old_logps or logps
 
 
 @torch.no_grad()
@@ -350,9 +356,16 @@ def score_rows(policy, rows, s):
     scored = []
     for batch in micro_batches(rows, s.micro_tokens):
         logp, _ = score_tokens(policy, collate(batch, policy.device), s)
-        for row, values in zip(batch, logp.tolist(), strict=True):
-            for start, pair in row.spans:
-                scored.append((pair, values[start : start + len(pair.action)]))
+        scored += by_pair(batch, logp)
+    return scored
+
+
+def by_pair(rows, logp):
+    """[(pair, log-probs of its action)] of a micro-batch, from logp [B, L]."""
+    scored = []
+    for row, values in zip(rows, logp.tolist(), strict=True):
+        for start, pair in row.spans:
+            scored.append((pair, values[start : start + len(pair.action)]))
     return scored
 
 
@@ -390,6 +403,7 @@ def collate(rows, device="cpu"):
     ends = torch.full(shape, width)  # padding stands behind all that counts, and sees itself
     action_of = torch.full(shape, -1)
     old_logps = torch.zeros(shape)
+    unscored = torch.zeros(shape, dtype=torch.bool)
     advantages = torch.zeros(shape)
     number = 0
     for b, row in enumerate(rows):
@@ -401,7 +415,9 @@ def collate(rows, device="cpu"):
             action = slice(start, start + len(pair.action))
             action_of[b, action] = number
             number += 1
-            if pair.old_logps is not None:
+            if pair.old_logps is None:
+                unscored[b, action] = True
+            else:
                 old_logps[b, action] = torch.tensor(pair.old_logps)
             if pair.advantages:
                 advantages[b, action] = torch.tensor(pair.advantages)
@@ -409,6 +425,8 @@ def collate(rows, device="cpu"):
         tensor.to(device) for tensor in (ids, action_of, old_logps, advantages)
     )
     batch = Batch(ids, action_of >= 0, action_of, old_logps, advantages)
+    if unscored.any():
+        batch.unscored = unscored.to(device)
     if not all(row.is_sequence() for row in rows):
         batch.positions = positions.to(device)
         batch.visible = visibility(ends.to(device))
@@ -426,6 +444,10 @@ def accumulate_gradient(policy, rows, algorithm, normaliser):
     """Add the gradient of a micro-batch to the adapter's. Returns sums over its action tokens."""
     batch = collate(rows, policy.device)
     logp, batch.entropy = score_tokens(policy, batch, algorithm.s)
+    if batch.unscored is not None:  # the first step: π_θ is π_old
+        batch.old_logps = torch.where(batch.unscored, logp.detach(), batch.old_logps)
+        for pair, logps in by_pair(rows, logp):
+            pair.old_logps = pair.old_logps or logps
     if algorithm.s.beta:
         with torch.no_grad():
             batch.ref_logp, _ = score_tokens(policy, batch, algorithm.s, reference=True)

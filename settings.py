@@ -170,8 +170,9 @@ PRESETS = {
     "gigpo": GRPO | {"algorithm": "gigpo", "fixed_std": 10.0},
     "gigpo-std": GRPO | {"algorithm": "gigpo"},
     "reflexion": {"memory_prob": 1.0, "learning_rate": 0.0, "intrinsic_coef": 0.0},
-    # Not in the paper: its exploration with GiGPO's credit
+    # Not in the paper: its exploration with another credit
     "empo2-gigpo": {"algorithm": "gigpo"},
+    "empo2-modes": {"algorithm": "mode_credit"},
     # Ablations
     "no-offpolicy": {"offpolicy_prob": 0.0},
     "no-onpolicy-tips": {"offpolicy_prob": 1.0},

@@ -38,6 +38,7 @@ class SDPO(Algorithm):
     """Overrides what the sampled prompt shows, the training pairs and the advantages."""
 
     Settings = Settings
+    needs_logps = True
 
     def shown_tips(self, retrieved):
         """None."""

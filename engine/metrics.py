@@ -84,8 +84,17 @@ def transcript(iteration, episode, episode_return):
     }
 
 
-def update_metrics(parts, norms, gaps, episodes):
-    """Metrics of an update. parts: sums of the loss's metrics by micro-batch; gaps: sampler's."""
+def sampler_gaps(episodes):
+    """|log-prob of the trainer - that of the sampler| of every token that has both."""
+    pairs = [turn.pair for episode in episodes for turn in episode.turns]
+    known = [(p.old_logps, p.sampled_logps) for p in pairs if p.old_logps and p.sampled_logps]
+    gaps = [np.abs(np.subtract(*logps)) for logps in known]
+    return processes.gather(np.concatenate(gaps).tolist() if gaps else [])
+
+
+def update_metrics(parts, norms, episodes):
+    """Metrics of an update. parts: sums of the loss's metrics by micro-batch."""
+    gaps = sampler_gaps(episodes)
     sums = Counter()
     for part in processes.gather(parts):
         sums.update(part)

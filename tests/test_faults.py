@@ -419,7 +419,7 @@ def test_a_fault_costs_its_episode_and_five_in_a_row_stop_the_run(
 def test_an_exploding_ratio_is_stopped_without_the_mask_and_harmless_with_it(
     min_prob, tmp_path, monkeypatch, capsys
 ):
-    """In iteration 1 unlikely tokens, p < 0.37, get an old probability of e^-200."""
+    """In the second step unlikely tokens, p < 0.37, get an old probability of e^-200."""
     score = empo2.score_rows
 
     def exploding(policy, rows, s):

@@ -1,4 +1,4 @@
-"""ScienceWorld: Python talks to Java programs. A JVM holds the simulators of 16 environments."""
+"""ScienceWorld: Python talks to Java programs. A JVM holds the simulators of 12 environments."""
 
 import atexit
 import functools
@@ -58,7 +58,7 @@ class Jvm:
     """A Java process with the simulators of one worker. One thread at a time may call it."""
 
     TIMEOUT = 60.0  # seconds until a silent Java counts as hung
-    SIMULATORS = 16  # per JVM: they can play while those of another JVM do
+    SIMULATORS = 12  # per JVM: they can play while those of another JVM do
 
     living: ClassVar[dict[int, "Jvm"]] = {}  # by worker; a simulator built in any other is lost
 
@@ -155,8 +155,7 @@ class Simulator:
         The house comes from a random generator that is global to the JVM: a load that runs beside
         another load or step would build a different house. Hence one thread for a JVM.
         """
-        self.ask(self.server.load, task, variation, simplification, gold)
-        self.ask(self.server.reset)
+        self.ask(self.server.load, task, variation, simplification, gold)  # its reset() is the same
         observation = self.ask(self.server.step, "look around")  # the stock wrapper's first, too
         if observation.startswith("ERROR"):
             raise ValueError(observation.splitlines()[0])
