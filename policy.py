@@ -290,10 +290,8 @@ def load_policy(s, adapter=None):
     adapter: a folder with that of a run, whose base model may have moved since.
     """
     name = s.model
-    if name == "standin":
-        name = str(ROOT / "standin" / Path(s.env).stem)
-        if not os.path.isdir(name):
-            raise ValueError(f"there is no stand-in for {s.env}; give a --model")
+    if name.startswith("standin/") and not os.path.isdir(name):
+        name = str(ROOT / name)  # shipped beside the code
     elif name.startswith("smollm2"):
         from standin import smollm2  # it needs this module
 

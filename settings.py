@@ -44,7 +44,7 @@ class Settings:
     )
     # Policy
     model: str | None = setting(
-        None, f"hub id, folder, standin, smollm2 [GPU: {QWEN}, CPU: standin]"
+        None, f"hub id, folder, standin/NAME, smollm2 [GPU: {QWEN}, house on a CPU: standin/house]"
     )
     dtype: Literal["float32", "bfloat16"] | None = setting(
         None, "number type [GPU: bfloat16, CPU: float32]"

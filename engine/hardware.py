@@ -41,7 +41,7 @@ def find_device():
 STANDIN = "a tiny stand-in for a language model; its scores are no result"
 # setting: with a GPU, why; without one, why. None: computed in `defaults`.
 CHOICES = {
-    "model": (QWEN, "the paper's model", "standin", STANDIN),
+    "model": (QWEN, "the paper's model", "standin/house", STANDIN),
     "tasks_per_iteration": (16, "the paper's", 1, "a small iteration for a CPU"),
     "iterations": (200, "the paper's 200-250", 10, "a few minutes"),
     "learning_rate": (1e-5, "usual for LoRA at 7B", 1e-3, "for a tiny model"),
@@ -59,7 +59,10 @@ CHOICES = {
 
 
 def defaults(s, default_tasks):
-    """Fill in what was left to the hardware -> (settings, a line of reason per value)."""
+    """Fill in what was left to the hardware -> (settings, a line of reason per value).
+
+    Raises ValueError with one line if there is no GPU and no model for the environment.
+    """
     place = find_device()
     where = place.name
     if place.gigabytes:
@@ -71,6 +74,12 @@ def defaults(s, default_tasks):
     else:
         choices = {name: choice[2:] for name, choice in CHOICES.items()}
         values = {"eval_every": s.iterations or 10}
+        if not (s.model or s.env == "house" or s.resume):
+            raise ValueError(
+                f"no GPU: --env {s.env} needs a --model: smollm2 (to install it:"
+                " standin/README.md), a hub id or a folder."
+                " --env scienceworld without --tasks is a demonstration"
+            )
     tasks = s.tasks or default_tasks
     parts = [Path(s.env).stem, "+".join(tasks[:3]), Path(s.algorithm).stem, s.preset, str(s.seed)]
     values["run_dir"] = "runs/" + "-".join(p for p in dict.fromkeys(parts) if p != "empo2")

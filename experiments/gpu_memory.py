@@ -9,7 +9,7 @@ CUDA keeps: a tenth of the card is left for these.
 
 The policies with random weights and the episodes of random ids are also what gpu.py and speed.py
 work on. The episodes have the lengths of real ones: lengths.json has the tokens of observation and
-action at each turn of 12 dialogues that the stand-in held with ScienceWorld (power-component, 30
+action at each turn of 12 dialogues that a tiny model held with ScienceWorld (power-component, 30
 turns), counted with Qwen2.5's vocabulary.
 """
 
@@ -90,7 +90,7 @@ def fill(model, device="cpu", gradient_checkpointing=True):
     if gradient_checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    return Policy(model, AutoTokenizer.from_pretrained(ROOT / "standin" / "scienceworld"))
+    return Policy(model, AutoTokenizer.from_pretrained(ROOT / "standin" / "stages"))
 
 
 def pack_weight(module, weight):

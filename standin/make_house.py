@@ -21,21 +21,18 @@ import numpy as np
 import torch
 
 import rollout
-from empo2 import Algorithm
-from envs import UNKNOWN, EnvFault
+from envs import UNKNOWN
 from memory import TipMemory, best_first, embedder
 from policy import Policy
-from rollout import TIP_REQUEST, TIPS_TEXT, Job, Turn
+from rollout import TIP_REQUEST, TIPS_TEXT, Job
 from settings import Settings
 from standin import tiny
 from worlds.house import House
 
 FOLDER = str(Path(__file__).parent / "house")
-HOUSE = {"rooms": 12, "containers": 6}  # of the laptop experiment (experiments/sweep.py)
+HOUSE = {"rooms": 12, "containers": 6}  # as in configs/laptop.yaml
 TASKS = {"parts": 1, "step_limit": 7, "partial_credit": False}
 FACT = re.compile(r"(?:found|score \d+:|,) ([a-z ]+) in (\w+) (\w+)")  # in an observation or a tip
-SETTINGS = Settings(env="house")
-ALGORITHM = Algorithm(SETTINGS)
 
 
 class OtherHouses(House):
@@ -123,32 +120,23 @@ def play(policy, env, rng):
     The advantage of a turn is its weight in what is learnt.
     """
     job = Job(rng.choice(env.tasks()), variation=0, group=0, member=0)
-    playing = rollout.start_episode(
-        policy, env, job, None, 0, rollout.reset_env(env, job, EnvFault)
-    )
-    episode = playing.episode
+    playing = tiny.start_episode(policy, env, job)
     env.step_limit = rng.randint(4, 11)
     often = rng.choice((0, 0.3, 0.6, 0.9))
     tips = random_tips(env, rng)
     seen = {}
     plan = None
-    while not episode.ended:
+    while not playing.episode.ended:
         shown = tips if rng.random() < often else []
-        rollout.open_turn(policy, playing, shown, ALGORITHM)
+        rollout.open_turn(policy, playing, shown, tiny.ALGORITHM)
         line, plan = think(env, facts_in(" ".join(shown)) | seen, plan, rng)
         blunder = rng.random() < 0.03
-        turn = episode.turns[-1]
-        turn.action_ids = [*policy.encode("open it" if blunder else line), policy.end_id]
-        turn.advantage = float(not blunder)
-        rollout.act(policy, [playing], EnvFault)
+        tiny.write_turn(policy, playing, "open it" if blunder else line, float(not blunder))
         for item, place in facts_in(playing.observation).items():
             if item in env.hiding:
                 seen[item] = place
-    request = f"{playing.observation}\n\n{TIP_REQUEST.format(score=episode.score)}"
-    asked = policy.message("user", request)
-    tip = [*policy.encode(tip_of(episode.score, env.hiding, seen)), policy.end_id]
-    episode.turns.append(Turn(request, asked, action_ids=tip, advantage=3.0))
-    return episode
+    tip = tip_of(playing.episode.score, env.hiding, seen)
+    return tiny.end_episode(policy, playing, tip, 3.0)
 
 
 # --- Learning -------------------------------------------------------------------------------------
@@ -173,9 +161,7 @@ def make(folder, minutes, seed):
     torch.manual_seed(seed)
     rng = random.Random(seed)
     env = OtherHouses(rng)
-    tiny.make_player(
-        folder, corpus(env), lambda policy: [play(policy, env, rng)], SETTINGS, minutes
-    )
+    tiny.make_player(folder, corpus(env), lambda policy: [play(policy, env, rng)], minutes)
 
 
 # --- What it can do -------------------------------------------------------------------------------
@@ -188,7 +174,6 @@ def check(folder, variations=16, seed=0):
     s = Settings(
         env="house", memory_key="task", memory_scope="task", action_tokens=16, tip_tokens=40
     )
-    algorithm = Algorithm(s)
     policy = Policy.load(folder)
     simulators = [House(**HOUSE, **TASKS) for _ in range(64)]
     env = simulators[0]
@@ -209,13 +194,7 @@ def check(folder, variations=16, seed=0):
     ):
         s.memory_prob = memory_prob
         s.temperature = temperature
-        rng = np.random.default_rng(seed)
-        played = []
-        for batch in rollout.rollout(
-            policy, simulators, jobs, told, embed, algorithm, rng, EnvFault
-        ):
-            rollout.write_tips(policy, batch, s)
-            played += batch
+        played = tiny.play_all(policy, simulators, jobs, told, embed, s, seed)
         solved = [episode.score == 100 for episode in played]
         understood = [turn.next_observation != UNKNOWN for e in played for turn in e.turns]
         result[f"success {name}"] = float(np.mean(solved))
@@ -231,14 +210,7 @@ def check(folder, variations=16, seed=0):
 
 def main():
     """Make the player, and say what it can do."""
-    parser = tiny.command_line(__doc__, FOLDER, minutes=12)
-    parser.add_argument("--check", action="store_true", help="make nothing, only measure")
-    args = parser.parse_args()
-    if not args.check:
-        tiny.refuse_overwrite(parser, args)
-        make(args.out, args.minutes, args.seed)
-    for name, value in check(args.out).items():
-        print(f"{name}: {value:.3f}")
+    tiny.main(__doc__, FOLDER, 12, make, check)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,10 @@ import numpy as np
 import torch
 
 import rollout
-from empo2 import Algorithm
-from envs import UNKNOWN, Env, EnvFault
+from envs import UNKNOWN, Env
 from memory import TipMemory, best_first, embedder
 from policy import Policy
-from rollout import TIP_REQUEST, TIPS_TEXT, Job, Turn
+from rollout import TIP_REQUEST, TIPS_TEXT, Job
 from settings import Settings
 from standin import tiny
 from worlds.scienceworld import ScienceWorld, system_prompt
@@ -47,8 +46,6 @@ ROOMS = ["outside", "art studio", "bathroom", "bedroom", "foundry", "greenhouse"
          "kitchen", "living room", "workshop"]  # fmt: skip
 SLIPS = ["focus on it", "open door", "go there", "take all"]
 FACT = re.compile(rf"({'|'.join(NUMBERS)}) (?!unknown)(\w+)")  # in a tip
-SETTINGS = Settings(env="scienceworld")
-ALGORITHM = Algorithm(SETTINGS)
 
 
 class OtherPlants(Env):
@@ -212,9 +209,7 @@ def play(policy, env, rng, variation, recall=False):
     The advantage of a turn is its weight in what is learnt.
     """
     job = Job(TASK, variation, group=0, member=0)
-    playing = rollout.start_episode(
-        policy, env, job, None, 0, rollout.reset_env(env, job, EnvFault)
-    )
+    playing = tiny.start_episode(policy, env, job)
     episode = playing.episode
     env.step_limit = rng.randint(4, 8)
     often = rng.choice((0, 0, 0.5, 0.9, 1))
@@ -222,22 +217,15 @@ def play(policy, env, rng, variation, recall=False):
     player = Player(rng, lucky=rng.choice((0.1, 0.5)) if recall else 0.5, recall=recall)
     while not episode.ended:
         shown = tips if rng.random() < often else []
-        rollout.open_turn(policy, playing, shown, ALGORITHM)
+        rollout.open_turn(policy, playing, shown, tiny.ALGORITHM)
         blunder = rng.random() < 0.03
         line = player.say(episode.task_text, FACT.findall(" ".join(shown)), env.order)
         if blunder:
             line = rng.choice(SLIPS)
-        turn = episode.turns[-1]
-        turn.action_ids = [*policy.encode(line), policy.end_id]
-        turn.advantage = float(not blunder)
-        rollout.act(policy, [playing], EnvFault)
+        tiny.write_turn(policy, playing, line, float(not blunder))
         if not blunder:
             player.hear(line, playing.observation, episode.score)
-    request = f"{playing.observation}\n\n{TIP_REQUEST.format(score=episode.score)}"
-    asked = policy.message("user", request)
-    tip = [*policy.encode(tip_of(episode.score, player.found)), policy.end_id]
-    episode.turns.append(Turn(request, asked, action_ids=tip, advantage=2.0))
-    return episode
+    return tiny.end_episode(policy, playing, tip_of(episode.score, player.found), 2.0)
 
 
 # --- Learning -------------------------------------------------------------------------------------
@@ -269,7 +257,7 @@ def make(folder, minutes, seed):
     def episode(policy):
         return [play(policy, env, rng, rng.randrange(env.variation_count(TASK)))]
 
-    tiny.make_player(folder, corpus(env), episode, SETTINGS, minutes)
+    tiny.make_player(folder, corpus(env), episode, minutes)
 
 
 # --- What it can do -------------------------------------------------------------------------------
@@ -282,7 +270,6 @@ def check(folder, episodes=8, seed=0):
     s = Settings(
         env="scienceworld", memory_key="task", memory_scope="task", action_tokens=24, tip_tokens=40
     )
-    algorithm = Algorithm(s)
     policy = Policy.load(folder)
     worlds = [ScienceWorld(step_limit=5, thoughts=True) for _ in range(16)]
     embed = embedder()
@@ -306,13 +293,7 @@ def check(folder, episodes=8, seed=0):
                 told.add(key, tip_of(score, ANSWER[:count]), score, TASK)
         s.memory_prob = float(known > 0)
         s.temperature = temperature
-        rng = np.random.default_rng(seed)
-        played = []
-        for batch in rollout.rollout(
-            policy, worlds, jobs * times, told, embed, algorithm, rng, EnvFault
-        ):
-            rollout.write_tips(policy, batch, s)
-            played += batch
+        played = tiny.play_all(policy, worlds, jobs * times, told, embed, s, seed)
         scores = np.array([episode.score for episode in played])
         result[f"{name}: success"] = np.mean(scores == 100)
         result[f"{name}: score"] = np.mean(scores)
@@ -347,14 +328,7 @@ def found_in(episode):
 
 def main():
     """Make the player, and say what it can do."""
-    parser = tiny.command_line(__doc__, FOLDER, minutes=18)
-    parser.add_argument("--check", action="store_true", help="make nothing, only measure")
-    args = parser.parse_args()
-    if not args.check:
-        tiny.refuse_overwrite(parser, args)
-        make(args.out, args.minutes, args.seed)
-    for name, value in check(args.out).items():
-        print(f"{name}: {value:.3f}")
+    tiny.main(__doc__, FOLDER, 18, make, check)
 
 
 if __name__ == "__main__":

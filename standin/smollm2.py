@@ -82,7 +82,7 @@ def warm_start(out, minutes, seed):
         variation = rng.randrange(env.variation_count(make_stages.TASK))
         return [make_stages.play(policy, env, rng, variation, recall=True) for _ in range(4)]
 
-    backward = tiny.imitation(policy, episodes, make_stages.SETTINGS, times=1, adapter=True)
+    backward = tiny.imitation(policy, episodes, times=1, adapter=True)
     tiny.learn([optimizer], minutes, last_rate=0.02, backward=backward)
     policy.model.peft_config["default"].base_model_name_or_path = "smollm2"
     policy.model.to(torch.bfloat16).save_pretrained(out)
@@ -93,12 +93,10 @@ def warm_start(out, minutes, seed):
 def main():
     """The warm start, or what a model can do."""
     parser = tiny.command_line(__doc__, ADAPTER, minutes=60)
-    parser.add_argument("--check", action="store_true", help="make nothing, only measure")
     parser.add_argument("--model", default="smollm2-stages", help="to be checked")
     args = parser.parse_args()
     if args.check:
-        for name, value in make_stages.check(folder(args.model), episodes=2).items():
-            print(f"{name}: {value:.3f}")
+        tiny.show(make_stages.check(folder(args.model), episodes=2))
         return
     tiny.refuse_overwrite(parser, args)
     warm_start(args.out, args.minutes, args.seed)

@@ -1,19 +1,25 @@
-"""What the makers of the stand-ins share: tokenizer, model, a start that copies, learning loop."""
+"""What the makers of the stand-ins share: the model, how it learns, how it plays."""
 
 import argparse
 import re
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+import rollout
 from empo2 import Algorithm, collate, score_tokens
 from engine.packing import micro_batches, pack
+from envs import EnvFault
 from policy import Policy
+from rollout import TIP_REQUEST, Turn
+from settings import Settings
 
+ALGORITHM = Algorithm(Settings())
 CHATML = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -26,15 +32,15 @@ QWEN2_WORDS = (
 )
 
 
-def make_tokenizer(texts, size):
-    """A byte-level tokenizer of at most `size` tokens, in Qwen2's manner."""
+def make_tokenizer(texts):
+    """A byte-level tokenizer of at most 1,024 tokens, in Qwen2's manner."""
     raw = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=1024,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -49,18 +55,18 @@ def make_tokenizer(texts, size):
     )
 
 
-def make_model(vocabulary, layers, heads, size, width, theta):
-    """A Qwen2 with random weights. size: dimensions of a head; width: of the hidden layers."""
+def make_model(vocabulary):
+    """A Qwen2 of 0.7 M parameters with random weights."""
     config = Qwen2Config(
         vocab_size=vocabulary,
-        hidden_size=heads * size,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
@@ -69,40 +75,35 @@ def make_model(vocabulary, layers, heads, size, width, theta):
 
 
 @torch.no_grad()
-def start_copying(model, loudness, sharpness, fast, volume, lookups):
+def start_copying(model):
     """Start the first two layers as an induction circuit: "what followed this the last time?"
 
     Copying a name and following a tip need no more, and it would take longer to emerge than the
-    rest takes to learn. loudness: factor of the embeddings. sharpness, fast: strength and number of
-    the rotary pairs that tell neighbours apart. volume: of what a token hears of those before it.
-    lookups: for each head of layer 1 that takes part (i, j): it looks where the token j back is the
-    same as i back from here, and says what stands there.
+    rest takes to learn. Heads of layer 0 hear the token 1, 2 and 3 back. Those of layer 1 look
+    where the token 1, 2, 3 back is the same as 0, 1, 2 back from here, and say what stands there.
     """
-    model.model.embed_tokens.weight *= loudness
+    model.model.embed_tokens.weight *= 3.0  # the untrained copies must be loud enough
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     d = model.config.hidden_size
     size = first.head_dim
     half = size // 2
-    # A head's rotary pairs are (i, i + half), fast to slow.
+    # A head's rotary pairs are (i, i + half), fast to slow. The fast ones tell neighbours apart.
     angles = model.config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
-    strength = sharpness * (torch.arange(half) < fast)
+    strength = 5.0 * (torch.arange(half) < 5)
     # The slow half hardly turns: content can be compared at any distance.
     slow = torch.tensor([i for i in range(size) if i % half >= half // 2])
     content = orthogonal(d)[:half]  # [half, d]: what of a token is compared
     channels = [content, *orthogonal(d)[: 3 * half].split(half)]
     said = orthogonal(d)
-    for head, back in enumerate((1, 2, 3)):  # layer 0: heads that look so many tokens back
+    for head, back in enumerate((1, 2, 3)):
         mine = slice(head * size, (head + 1) * size)
         sine = -strength * (back * angles).sin()
         first.k_proj.bias[mine] = torch.cat([strength, 0 * strength])
         first.q_proj.bias[mine] = torch.cat([strength * (back * angles).cos(), sine])
-        if any(back == j for _, j in lookups):  # and write what they see into their own channel
-            first.v_proj.weight[mine][:half] = content
-            first.o_proj.weight[:, mine][:, :half] = volume * channels[back].T
-    for head, (i, j) in enumerate(lookups):
-        mine = slice(head * size, (head + 1) * size)
-        second.q_proj.weight[head * size + slow] = 2.0 * channels[i]
-        second.k_proj.weight[head * size + slow] = 2.0 * channels[j]
+        first.v_proj.weight[mine][:half] = content  # written into a channel of its own
+        first.o_proj.weight[:, mine][:, :half] = 0.3 * channels[back].T
+        second.q_proj.weight[head * size + slow] = 2.0 * channels[back - 1]
+        second.k_proj.weight[head * size + slow] = 2.0 * channels[back]
         second.v_proj.weight[mine] = said[mine]
         second.o_proj.weight[:, mine] = 0.5 * said[mine].T
 
@@ -112,10 +113,10 @@ def orthogonal(d):
     return torch.linalg.qr(torch.randn(d, d))[0]
 
 
-def make_optimizers(model, copying, rates, weight_decay):
-    """Of the parameters that can be trained. copying: pattern of the names of the circuit's layers.
+def make_optimizers(model):
+    """Of the parameters that can be trained.
 
-    rates: of the matrices, of the circuit's (low, or it is lost before it is of use), of the rest.
+    The circuit's rate is low, or it is lost before it is of use.
     """
     matrices, circuit, rest = [], [], []
     for name, parameter in model.named_parameters():
@@ -123,14 +124,14 @@ def make_optimizers(model, copying, rates, weight_decay):
             continue
         if parameter.ndim < 2 or "layers" not in name:
             rest.append(parameter)
-        elif re.search(copying, name):
+        elif re.search(r"layers\.[01]\.self_attn", name):
             circuit.append(parameter)
         else:
             matrices.append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=rates[0], weight_decay=weight_decay),
-        torch.optim.Muon(circuit, lr=rates[1], weight_decay=0.0),
-        torch.optim.AdamW(rest, lr=rates[2], betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=0.015, weight_decay=0.05),
+        torch.optim.Muon(circuit, lr=0.0045, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=0.006, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
@@ -161,46 +162,45 @@ def learn(optimizers, minutes, last_rate, backward):
     bar.close()
 
 
-def make_player(folder, texts, play, s, minutes):
-    """Write a model of 0.7 M parameters that imitates a scripted player to the folder.
+def make_player(folder, texts, play, minutes):
+    """Write a model that imitates a scripted player to the folder.
 
-    texts: what the tokenizer is made from. play, s: as in `imitation`.
+    texts: what the tokenizer is made from. play: as in `imitation`.
     """
-    tokenizer = make_tokenizer(texts, 1024)
-    model = make_model(len(tokenizer), layers=3, heads=4, size=32, width=384, theta=1e5)
-    # After "battery in": what followed "battery in" before?
-    lookups = [(0, 1), (1, 2), (2, 3)]
-    start_copying(model, 3.0, sharpness=5.0, fast=5, volume=0.3, lookups=lookups)
-    policy = load_policy(model, tokenizer, folder)
+    tokenizer = make_tokenizer(texts)
+    model = make_model(len(tokenizer))
+    start_copying(model)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    policy = Policy.load(folder)
     model = policy.model.get_base_model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" not in name)
-    optimizers = make_optimizers(
-        model, r"layers\.[01]\.self_attn", rates=(0.015, 0.0045, 0.006), weight_decay=0.05
-    )
-    backward = imitation(policy, play, s, times=8, adapter=False)
-    learn(optimizers, minutes, last_rate=0.01, backward=backward)
-    save(policy.model.unload().requires_grad_(True), folder)
+    backward = imitation(policy, play, times=8, adapter=False)
+    learn(make_optimizers(model), minutes, last_rate=0.01, backward=backward)
+    model = policy.model.unload().requires_grad_(True)
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def imitation(policy, play, s, times, adapter):
+def imitation(policy, play, times, adapter):
     """`backward` of `learn`: the loss of fresh episodes, all their actions and tips together.
 
     play: policy -> episodes that share a row; the advantage of a turn is its weight in what is
-    learnt. s: settings. times: plays a step. adapter: is it in use, or the model alone?
+    learnt. times: plays a step. adapter: is it in use, or the model alone?
     """
+    fast = torch.cpu._is_avx512_bf16_supported()  # then bf16 pays
 
     def backward(step):
         rows = []
         for _ in range(times):
-            rows.append(pack([pair for e in play(policy) for pair in weighted_pairs(e, s)]))
+            rows.append(pack([pair for e in play(policy) for pair in weighted_pairs(e)]))
         spans = [span for row in rows for span in row.spans]
         total = sum(sum(pair.advantages) for _, pair in spans)
         loss_sum = 0.0
         for part in micro_batches(rows, 2048):
             batch = collate(part)
-            with autocast():
-                logp, _ = score_tokens(policy, batch, s, reference=not adapter)
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+                logp, _ = score_tokens(policy, batch, ALGORITHM.s, reference=not adapter)
             loss = -(logp * batch.advantages).sum() / total
             loss.backward()
             loss_sum += loss.item()
@@ -209,32 +209,48 @@ def imitation(policy, play, s, times, adapter):
     return backward
 
 
-def weighted_pairs(episode, s):
+def weighted_pairs(episode):
     """Its training pairs; the weight of each is its turn's `advantage`."""
-    for turn, pair in zip(episode.turns, Algorithm(s).training_pairs(episode), strict=True):
+    for turn, pair in zip(episode.turns, ALGORITHM.training_pairs(episode), strict=True):
         pair.advantages = [turn.advantage] * len(pair.action)
         yield pair
 
 
-def autocast():
-    """bf16 where the processor is fast at it."""
-    fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+# --- Playing --------------------------------------------------------------------------------------
+def start_episode(policy, env, job):
+    """An episode that begins, laid out as in a rollout."""
+    return rollout.start_episode(policy, env, job, None, 0, rollout.reset_env(env, job, EnvFault))
 
 
-def load_policy(model, tokenizer, folder):
-    """The policy of a model that is still to be trained; both are written to the folder."""
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return Policy.load(folder)
+def write_turn(policy, playing, line, weight):
+    """Act as the scripted player says. weight: of the turn in what is learnt."""
+    turn = playing.episode.turns[-1]
+    turn.action_ids = [*policy.encode(line), policy.end_id]
+    turn.advantage = weight
+    rollout.act(policy, [playing], EnvFault)
 
 
-def save(model, folder):
-    """Write the trained model, in bf16."""
-    model.to(torch.bfloat16).save_pretrained(folder)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {folder}")
+def end_episode(policy, playing, tip, weight):
+    """The episode, with its tip as the last turn."""
+    episode = playing.episode
+    request = f"{playing.observation}\n\n{TIP_REQUEST.format(score=episode.score)}"
+    asked = policy.message("user", request)
+    tip_ids = [*policy.encode(tip), policy.end_id]
+    episode.turns.append(Turn(request, asked, action_ids=tip_ids, advantage=weight))
+    return episode
 
 
+def play_all(policy, worlds, jobs, told, embed, s, seed):
+    """Episodes of a policy, which writes tips. told: the memory that tips come from."""
+    played = []
+    rng = np.random.default_rng(seed)
+    for batch in rollout.rollout(policy, worlds, jobs, told, embed, Algorithm(s), rng, EnvFault):
+        rollout.write_tips(policy, batch, s)
+        played += batch
+    return played
+
+
+# --- Command line ---
 def command_line(doc, folder, minutes):
     """A parser with the options that all makers have."""
     parser = argparse.ArgumentParser(
@@ -245,6 +261,7 @@ def command_line(doc, folder, minutes):
     add("--minutes", type=float, default=minutes, help="time to learn (default: %(default)s)")
     add("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     add("--force", action="store_true", help="replace the model in the folder")
+    add("--check", action="store_true", help="make nothing, only measure")
     return parser
 
 
@@ -252,3 +269,19 @@ def refuse_overwrite(parser, args):
     """End the program if the folder holds a model that is not to be replaced."""
     if any(Path(args.out).glob("*model.safetensors")) and not args.force:
         parser.error(f"{args.out} already holds a model; give another --out, or --force")
+
+
+def main(doc, folder, minutes, make, check):
+    """Make the player, and say what it can do."""
+    parser = command_line(doc, folder, minutes)
+    args = parser.parse_args()
+    if not args.check:
+        refuse_overwrite(parser, args)
+        make(args.out, args.minutes, args.seed)
+    show(check(args.out))
+
+
+def show(found):
+    """A line for each value."""
+    for name, value in found.items():
+        print(f"{name}: {value:.3f}")

@@ -200,7 +200,8 @@ def small_run(tmp_path, algorithm):
     """Two iterations in the house -> the episodes."""
     command = f"""--algorithm {algorithm} --env house --tasks radio fan --step-limit 6
         --env-options rooms=6 containers=3 parts=2 --variations 1 --action-tokens 16 --lora-r 2
-        --group-size 5 --tasks-per-iteration 2 --model standin --eval-every 0 --iterations 2"""
+        --group-size 5 --tasks-per-iteration 2 --model standin/house --eval-every 0
+        --iterations 2"""
     assert train.main([*command.split(), "--run-dir", str(tmp_path / "run")]) == 0
     return runs.records(tmp_path / "run" / "episodes.jsonl")
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import envs
 import train
-from engine import evaluations, play
+from engine import evaluations, hardware, play
 from experiments import sweep
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md")]
@@ -51,6 +51,8 @@ def understand(command, monkeypatch, pasted):
     words = [pasted.get(word, word) for word in shlex.split(command)[1:]]
     if words[0] == "-m":
         words = words[1:]
+    with_a_gpu = hardware.find_device()._replace(gigabytes=80.0)
+    monkeypatch.setattr(hardware, "find_device", lambda: with_a_gpu)
     name, argv = words[0].removesuffix(".py").replace("/", "."), words[1:]
     if name in ("pytest", "venv"):
         return

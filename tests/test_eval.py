@@ -355,7 +355,7 @@ def test_the_papers_numbers_stand_beside_those_of_a_real_model_only(tmp_path, ca
     assert rows["find-plant"][3:8] == ["62.50", "100.00", "100.00", "0.25", "0.00"]
     assert rows["find-plant"][8:] == ["-47.10", "15.10", "23.00", "46.20", "100.00"]
     assert rows["chemistry-mix"][:8] == ["missing"] * 8
-    printed = shown(tmp_path, capsys, "find-plant", model="standin")
+    printed = shown(tmp_path, capsys, "find-plant", model="standin/stages")
     assert "find-plant (stand-in)" in printed and "paper" not in printed
     means = [sum(column) / 18 for column in zip(*paper.TABLE_1.values(), strict=True)]
     assert means == pytest.approx([-61.4, 17.1, 33.8, 33.2, 75.9], abs=0.06)

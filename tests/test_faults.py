@@ -36,9 +36,10 @@ from settings import Settings
 from worlds.house import House
 
 SCIENCEWORLD = """
-    --env scienceworld --tasks power-component --step-limit 3 --variations 2 --lora-r 2
+    --env scienceworld --tasks identify-life-stages-2 --env-options thoughts=true
+    --model standin/stages --step-limit 3 --variations 2 --lora-r 2
     --group-size 2 --tasks-per-iteration 1 --action-tokens 8 --tip-tokens 16 --memory-prob 0.6
-    --tip-threshold 0 --model standin --eval-every 0
+    --tip-threshold 0 --eval-every 0
 """.split()
 # Java's order of listed things then does not depend on what the JVM did before; slower.
 STABLE_JAVA = "-XX:+UnlockExperimentalVMOptions -XX:hashCode=2"
@@ -218,7 +219,7 @@ def test_a_signal_that_is_ignored_at_the_start_stops_nothing(stop, launch, tmp_p
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_in_a_java_call_ends_quietly(launch, tmp_path):
-    command = ["--env", "scienceworld", "--model", "standin", "--eval-every", 0]
+    command = ["--env", "scienceworld", "--model", "standin/stages", "--eval-every", 0]
     process, end = launch([*command, "--iterations", 50], tmp_path / "run")
     while not (tmp_path / "run" / "checkpoint-0").exists():
         assert process.is_alive()

@@ -26,9 +26,9 @@ from worlds.house import House
 class World(House):
     pass
 """
-SMALL = f"""--env-options rooms=2 containers=2 parts=1 --tasks radio --step-limit 3 --variations 1
+SMALL = """--env-options rooms=2 containers=2 parts=1 --tasks radio --step-limit 3 --variations 1
     --group-size 3 --tasks-per-iteration 1 --action-tokens 16 --tip-tokens 8 --lora-r 2
-    --model {ROOT}/standin/house --eval-every 0 --iterations 1""".split()
+    --model standin/house --eval-every 0 --iterations 1""".split()
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ class Flipped(empo2.Algorithm):
 @pytest.mark.parametrize("cls, sign", [(empo2.Algorithm, 1), (Flipped, -1)])
 def test_an_iteration_makes_rewarded_actions_likelier(cls, sign):
     """Of a real policy: the mean change of log-probs, weighted by the advantages of `Algorithm`."""
-    options = {"env": "house", "model": "standin", "min_prob": 0.0, "minibatch_episodes": 64}
+    options = {"env": "house", "model": "standin/house", "min_prob": 0.0, "minibatch_episodes": 64}
     algorithm = cls(
         settings.Settings(learning_rate=1e-3, group_size=16, tasks_per_iteration=1, **options)
     )

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -480,7 +481,7 @@ def test_four_bit_learns_saves_and_reloads(checkpoint, tmp_path):
 def test_a_gpu_is_only_a_place(monkeypatch):
     """A CPU that says it is a card gets all of a card's defaults, and they reach the model."""
     monkeypatch.setattr(hardware, "find_device", lambda: hardware.Device("cpu", "H100", 80.0))
-    s, reasons = hardware.defaults(Settings(env="house", model="standin", context=1000), ["fan"])
+    s, reasons = hardware.defaults(Settings(model="standin/house", context=1000), ["fan"])
     assert "  dtype = bfloat16  (H100, 80 GB: half the memory of float32, and faster)" in reasons
     policy = load_policy(s)
     weights = {p.dtype for p in policy.model.parameters() if not p.requires_grad}
@@ -490,10 +491,31 @@ def test_a_gpu_is_only_a_place(monkeypatch):
     assert (s.dtype, s.gradient_checkpointing, s.load_in_4bit) == ("bfloat16", False, False)
 
 
+def test_without_a_gpu_the_house_alone_has_a_model():
+    """But for a resume, which takes the run's."""
+    assert hardware.defaults(Settings(env="house"), ["fan"])[0].model == "standin/house"
+    hardware.defaults(Settings(resume=True), ["boil"])
+    for env in ("scienceworld", "my_house.py"):
+        with pytest.raises(ValueError, match=f"no GPU: --env {env} needs a --model: smollm2 "):
+            hardware.defaults(Settings(env=env), ["boil"])
+
+
+def test_a_shipped_model_is_found_from_anywhere_and_a_folder_goes_first(
+    tmp_path, checkpoint, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shipped = load_policy(Settings(model="standin/house")).base_checksum
+    assert shipped == Policy.load(str(ROOT / "standin" / "house")).base_checksum
+    shutil.copytree(checkpoint, tmp_path / "standin" / "house")
+    assert load_policy(Settings(model="standin/house")).base_checksum != shipped
+    with pytest.raises(ValueError, match="standin/attic: there is no such folder"):
+        load_policy(Settings(model="standin/attic"))
+
+
 def test_the_context_fits_the_model():
-    load_policy(Settings(env="house", model="standin", context=8192))
+    load_policy(Settings(model="standin/house", context=8192))
     with pytest.raises(ValueError, match=r"has 8192 positions; lower --context \(8193\)"):
-        load_policy(Settings(env="house", model="standin", context=8193))
+        load_policy(Settings(model="standin/house", context=8193))
 
 
 def test_models_that_cannot_be_used_get_one_line(tmp_path, checkpoint, monkeypatch):

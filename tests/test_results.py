@@ -30,7 +30,6 @@ NAMES = (  # what has a number in it and is no result
 OTHERS = {  # derived, or no result
     "README.md": [200],  # iterations, the default on a GPU
     "results/laptop/README.md": [72, 1920 / 72**2],  # places; solved by luck
-    "results/scienceworld/README.md": [3 * 2 * 80],  # episodes in all
     # GRPO's episodes; points of three stages; the rewards that the slow test checks
     "results/smollm2/README.md": [3 * 384, 83, 8, 25, 17],
     # the orders of four stages of twelve; solved by luck; episodes of two runs

@@ -37,7 +37,7 @@ from settings import PRESETS
 SMALL = """
     --env house --tasks radio fan --env-options rooms=2 step_limit=4 --variations 1 --lora-r 2
     --group-size 3 --tasks-per-iteration 2 --action-tokens 16 --tip-tokens 10 --memory-prob 0.6
-    --tip-threshold 0 --model standin --minibatch-episodes 2 --eval-every 0
+    --tip-threshold 0 --model standin/house --minibatch-episodes 2 --eval-every 0
 """.split()
 STANDIN = ROOT / "standin" / "house"
 
@@ -212,7 +212,7 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatc
         ("no room to ask for a tip after radio (", *short, "--context", 1000, "--tip-tokens", 990),
         ("lower --context", *short, "--context", "100000"),
         ("tokenizer", *SMALL, "--model", tmp_path, "--run-dir", tmp_path / "x"),
-        ("no stand-in for webshop", *new, "--env", "webshop"),
+        ("needs a --model", *new, "--env", "webshop"),
         ("exists", *SMALL, "--run-dir", finished),
         ("cannot change", *go_on, "--seed", "7"),
         ("can only make it longer", *go_on, "--iterations", "2"),
@@ -225,8 +225,8 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, finished, monkeypatc
     ):
         assert said in refused(capsys, *words), words
     accelerate.state.PartialState._reset_state()  # as in a new process
-    assert "did you mean tensorboard?" in refused(capsys, *new, "--report-to", "tensorboards")
-    assert "there are: aim, comet_ml" in refused(capsys, *new, "--report-to", "all")
+    assert "did you mean tensorboard?" in refused(capsys, *short, "--report-to", "tensorboards")
+    assert "there are: aim, comet_ml" in refused(capsys, *short, "--report-to", "all")
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     assert "pip install" in refused(capsys, *short, "--report-to", "tensorboard")
     assert not (tmp_path / "new").exists(), "bad input leaves nothing behind"
@@ -394,7 +394,7 @@ def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
     assert start(tmp_path, "--iterations", 4, "--group-size", 1, "--beta", 0.1) == 0
     said = "3 iterations taught nothing: --group-size 1 leaves no episode to compare with"
     assert capsys.readouterr().err.splitlines().count(said) == 1
-    s, trackers = train.parse([])[0], SimpleNamespace(log=lambda *_, **__: None)
+    s, trackers = train.parse(SMALL)[0], SimpleNamespace(log=lambda *_, **__: None)
     heard, unheard = (
         SimpleNamespace(score=score, turns=[SimpleNamespace(next_observation=text)])
         for score, text in ((50, "a hall"), (0, UNKNOWN))
@@ -534,10 +534,11 @@ def test_the_base_model_may_move_and_no_other_takes_its_place(checkpoint, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_standin_plays_real_scienceworld_end_to_end(tmp_path):
-    """The README's first command, shortened: two iterations on the real simulator."""
-    argv = ["--env", "scienceworld", "--iterations", "2", "--run-dir", tmp_path / "run"]
-    argv += ["--step-limit", "8", "--variations", "1", "--memory-prob", "0.5"]
+def test_real_scienceworld_end_to_end(tmp_path):
+    """An experiment, shortened: two iterations on the real simulator."""
+    argv = ["--config", ROOT / "configs/stages.yaml", "--run-dir", tmp_path / "run"]
+    argv += ["--iterations", "2", "--variations", "1", "--tasks-per-iteration", "1"]
+    argv += ["--eval-variations", "1", "--eval-episodes", "1"]
     done = subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics, episodes, _ = (runs.records(tmp_path / "run" / log) for log in runs.LOGS)
@@ -545,4 +546,3 @@ def test_the_standin_plays_real_scienceworld_end_to_end(tmp_path):
     answers = [turn["next_observation"] for e in episodes for turn in e["turns"]]
     understood = sum(UNKNOWN not in answer for answer in answers) / len(answers)
     assert understood > 0.5 and all(e["tip"] for e in episodes)
-    assert json.loads((tmp_path / "run/settings.json").read_text())["tasks"] == ["power-component"]
