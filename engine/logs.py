@@ -69,11 +69,11 @@ class Display:
         for name in ("score", "success"):
             self.trackers.log({f"eval_{name}": result[name]}, step=result["iteration"])
         score, solved = result["score"], f"{result['success']:.0%}"
-        self.shown["evaluation"] = f"tip-free {score:z.0f} ({solved})"
+        self.shown["evaluation"] = f"tip-free {rounded(score, 0)} ({solved})"
         self.bar.set_description_str(refresh=False)
         self.bar.set_postfix_str(", ".join(self.shown.values()))
         done = f"{result['iteration']}/{self.s.iterations}"
-        self.line(done, f"{score:.1f}", solved, "", "", "", f"{result['seconds']:.1f}")
+        self.line(done, rounded(score, 1), solved, "", "", "", f"{result['seconds']:.1f}")
         if result["iteration"] < self.s.iterations:  # else it is drawn at the exit
             self.draw()
 
@@ -86,11 +86,8 @@ class Display:
             if self.idle == 3 and processes.rank == 0:
                 reason = why_idle(episodes, self.s)
                 tqdm.write(f"3 iterations taught nothing: {reason}", file=sys.stderr)
-        scores = [metrics[f"score_{kind}_memory"] for kind in ("with", "without")]
-        short, long = (
-            ["-" if score is None else f"{score:z.{digits}f}" for score in scores]
-            for digits in (0, 1)
-        )
+        scores = metrics["score_with_memory"], metrics["score_without_memory"]
+        short, long = ([rounded(score, digits) for score in scores] for digits in (0, 1))
         tips = metrics["tips_shown"]
         self.shown["iteration"] = f"with tips {short[0]}, without {short[1]}, {tips} tips"
         self.bar.update()
@@ -98,6 +95,10 @@ class Display:
         done = f"{metrics['iteration'] + 1}/{self.s.iterations}"
         seconds = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
         self.line(done, "", "", *long, str(tips), f"{seconds:.1f}")
+
+
+def rounded(score, digits):
+    return "-" if score is None else f"{score:z.{digits}f}"
 
 
 def why_idle(episodes, s):

@@ -56,9 +56,9 @@ def open_run(s, notes, names, stack):
         )
     device = hardware.find_device().name
     since = "" if start is None else f"from iteration {start}; "
-    print("; ".join(about(vars(s))), f"{device}; {since}in {run_dir}", sep="; ")
-    for note in notes if start is None else []:
-        print(note)
+    what = "; ".join(about(vars(s)))
+    new = notes if start is None else []
+    print(*new, f"{what}; {device}; {since}in {run_dir}", sep="\n", flush=True)
     return s, start
 
 

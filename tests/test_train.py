@@ -443,7 +443,7 @@ def drawn_by(monkeypatch):
     return figures
 
 
-def test_the_picture_is_whole_after_ctrl_c_and_a_resume(tmp_path, monkeypatch):
+def test_the_picture_is_whole_after_ctrl_c_and_a_resume(tmp_path, monkeypatch, capsys):
     """Drawn at each evaluation and at the end: what the logs hold."""
     update, figures = empo2.update, drawn_by(monkeypatch)
 
@@ -454,7 +454,13 @@ def test_the_picture_is_whole_after_ctrl_c_and_a_resume(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(empo2, "update", interrupted)
         assert start(tmp_path, *EVALS, "--eval-every", 2, "--iterations", 3) == 130
-    assert start(tmp_path, "--resume") == 0
+    capsys.readouterr()
+    assert start(tmp_path, "--resume", "--verbose") == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert (
+        said
+        == f"house: radio, fan; standin; empo2, seed 0; no GPU; from iteration 1; in {tmp_path}"
+    )
     assert len(figures) == 4, "evaluation, stop, evaluation, end"
     curves = [[line.get_xydata().T.tolist() for p in f.axes for line in p.lines] for f in figures]
     assert [len(evals[0]) for evals, *_ in curves] == [1, 1, 2, 3]
