@@ -25,7 +25,7 @@ def switch(text):
 
 @dataclass
 class Settings:
-    """What can be set; the command line is made from it. None = decided by the hardware, and said.
+    """What can be set; the command line is made from it. None = decided by the hardware.
 
     A number in [n] is that of the choice at the top of empo2.py.
     """
@@ -114,6 +114,7 @@ class Settings:
     resume: bool = setting(False, "continue the run in run_dir from its last checkpoint")
     save_every: int = setting(1, "iterations between checkpoints")
     report_to: str | None = setting(None, "tensorboard or wandb (which you install)")
+    verbose: bool = setting(False, "print what the preset and the hardware decided, and why")
     seed: int = setting(0, "seed of everything that is drawn")
 
     def __post_init__(self):

@@ -4,6 +4,7 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, with algorithm and pr
   settings.json     every setting, with the defaults that the hardware decided
   metrics.jsonl     one line per iteration (docs/metrics.md)
   evals.jsonl       one line per tip-free evaluation on the test variations (--eval-every)
+  curve.png         the curves of both, drawn again after each evaluation and at the end
   episodes.jsonl    every episode, readable: observations, tips, actions, modes, rewards, its tip
   checkpoint-N/     the state at the top of iteration N: the LoRA adapter (loads with peft),
                     optimizer.pt, tips.npz, novelty.npz, state.json
@@ -174,7 +175,7 @@ def evaluate(iteration, learner, algorithm, worlds, pool, display):
     rng = np.random.default_rng([s.seed, iteration, 1])
 
     def progress(phase, text=""):
-        display.bar.set_description(f"evaluation {text}")
+        display.bar.set_description_str(f"; evaluation {text}")
 
     played = evaluation.evaluate(
         learner.policy, worlds, pool, s.eval_episodes, algorithm, rng, progress
@@ -232,13 +233,24 @@ def make_envs(policy, algorithm):
     return [env] + [envs.from_settings(s) for _ in range(parallel - 1)], pool, eval_pool
 
 
+DEMONSTRATION = (
+    "no GPU: the demonstration configs/stages.yaml, EMPO² with algorithms/mode_credit.py "
+    "(--preset empo2: the paper's alone); with a GPU: Qwen2.5-7B on power-component"
+)
+
+
 def parse(argv):
-    """(settings, what was decided), as `arguments.parse`, with what the hardware decides."""
+    """(settings, lines that a new run prints), with what the hardware decides."""
+    said = []
     s, notes = arguments.parse(argv, __doc__)
+    shown = None if hardware.find_device().gigabytes else arguments.demonstration(s, argv)
+    if shown:
+        s, notes = arguments.parse(shown, __doc__)
+        said.append(DEMONSTRATION)
     s, reasons = hardware.defaults(s, envs.default_tasks(s))
-    if reasons:
-        notes += ["decided by the hardware:", *reasons]
-    return s, notes
+    if s.verbose:
+        said += [*notes, *reasons]
+    return s, said
 
 
 def main(argv=None):

@@ -70,6 +70,22 @@ def parse(argv, description=None):
     return replace(s, **chosen), notes
 
 
+def demonstration(s, argv):
+    """The command line of configs/stages.yaml, with the words of `argv`; None if these do not fit.
+
+    Its model has learnt one task of ScienceWorld's form, not its solution.
+    """
+    config = Path(__file__).parent.parent / "configs" / "stages.yaml"
+    shown = read_config(config)
+    fits = s.model in (None, shown["model"]) and s.tasks in ([], shown["tasks"])
+    if s.env != shown["env"] or s.config or s.resume or not fits:
+        return None
+    credit = []
+    if not given(argv) & {"preset", "algorithm"}:
+        credit = ["--preset", "empo2-modes"]
+    return ["--config", str(config), *credit, *argv]
+
+
 def algorithm_class(name):
     """`empo2.Algorithm` or its subclass, by the name or path that --algorithm takes."""
     base = importlib.import_module("empo2").Algorithm  # only now: it loads torch

@@ -164,5 +164,7 @@ def summarise(s, run_dir):
             f"after {after['training_episodes']} episodes"
             + (" (not to be compared with the paper's)" if settings.is_standin(s.model) else "")
         )
+    if (run_dir / "curve.png").exists():
+        print("picture:", run_dir / "curve.png")
     print("look at its episodes:", command("experiments/view.py", run_dir))
     print("go on:", resume_command(run_dir), "--iterations", 2 * s.iterations)

@@ -1,9 +1,10 @@
-"""What a run shows of an iteration: progress, seconds, trackers."""
+"""What a run shows of an iteration: progress, the picture, seconds, trackers."""
 
 import resource
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -11,37 +12,70 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from tqdm import tqdm
 
 from engine import processes
-from engine.errors import UNKNOWN, unknown
+from engine.errors import UNKNOWN, first_line, unknown
+from engine.tables import draw_runs
+
+COLUMNS = ("iteration", "tip-free", "solved", "with tips", "without tips", "tips shown", "seconds")
 
 
 class Display:
-    """Progress bar and trackers of a run. Says once why three iterations taught nothing."""
+    """Progress bar (lines without a terminal), curve.png and trackers of a run.
+
+    Says once why three iterations taught nothing.
+    """
 
     def __init__(self, s, start, trackers):
         self.s = s
         self.trackers = trackers
-        self.shown = {"score": None, "best": None, "tips shown": 0}
+        self.shown = {}  # the last of each kind
+        self.drawing = processes.rank == 0
         self.idle = 0  # iterations in a row that taught nothing
         self.bar = tqdm(
             total=s.iterations,
             initial=start,
             dynamic_ncols=True,
             disable=processes.rank > 0 or None,  # None: where the output is no terminal
-            bar_format="{desc} {n}/{total} [{elapsed}<{remaining}]{postfix}",
+            bar_format="{n}/{total}, {remaining} left{postfix}{desc}",
         )
+        self.line(*COLUMNS)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, error, *_):
         self.bar.close()
+        if error is None:
+            self.draw()
+
+    def line(self, *texts):
+        """Where there is no terminal, print a line of the columns."""
+        if self.bar.disable and processes.rank == 0:
+            padded = (text.rjust(len(name)) for text, name in zip(texts, COLUMNS, strict=True))
+            print(*padded, sep="  ", file=sys.stderr)
+
+    def draw(self):
+        """Draw curve.png from the logs; training goes on without it."""
+        path = Path(self.s.run_dir) / "curve.png"
+        try:
+            if self.drawing:
+                draw_runs(path, [path.parent])
+        except Exception as error:  # a broken matplotlib may raise anything
+            self.drawing = False
+            said = f"{path} is not drawn, the run goes on without it: {first_line(error)}"
+            tqdm.write(said, file=sys.stderr)
 
     def evaluation(self, result):
         """Show a line of evals.jsonl."""
         for name in ("score", "success"):
             self.trackers.log({f"eval_{name}": result[name]}, step=result["iteration"])
-        self.shown["eval"] = f"{result['score']:.1f}, {result['success']:.0%} solved"
-        self.bar.set_postfix(self.shown)
+        score, solved = result["score"], f"{result['success']:.0%}"
+        self.shown["evaluation"] = f"tip-free {rounded(score, 0)} ({solved})"
+        self.bar.set_description_str(refresh=False)
+        self.bar.set_postfix_str(", ".join(self.shown.values()))
+        done = f"{result['iteration']}/{self.s.iterations}"
+        self.line(done, rounded(score, 1), solved, "", "", "", f"{result['seconds']:.1f}")
+        if result["iteration"] < self.s.iterations:  # else it is drawn at the exit
+            self.draw()
 
     def iteration(self, episodes, metrics):
         """Show a line of metrics.jsonl."""
@@ -52,14 +86,19 @@ class Display:
             if self.idle == 3 and processes.rank == 0:
                 reason = why_idle(episodes, self.s)
                 tqdm.write(f"3 iterations taught nothing: {reason}", file=sys.stderr)
-        self.shown["score"] = f"{metrics['score']:.1f}"
-        self.shown["best"] = f"{metrics['score_best']:.0f}"
-        self.shown["tips shown"] = metrics["tips_shown"]
+        scores = metrics["score_with_memory"], metrics["score_without_memory"]
+        short, long = ([rounded(score, digits) for score in scores] for digits in (0, 1))
+        tips = metrics["tips_shown"]
+        self.shown["iteration"] = f"with tips {short[0]}, without {short[1]}, {tips} tips"
         self.bar.update()
-        self.bar.set_postfix(self.shown)
-        if self.bar.disable and processes.rank == 0:
-            done = f"iteration {metrics['iteration'] + 1} of {self.s.iterations}"
-            print(f"{done}: {self.shown}", file=sys.stderr)
+        self.bar.set_postfix_str(", ".join(self.shown.values()))
+        done = f"{metrics['iteration'] + 1}/{self.s.iterations}"
+        seconds = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
+        self.line(done, "", "", *long, str(tips), f"{seconds:.1f}")
+
+
+def rounded(score, digits):
+    return "-" if score is None else f"{score:z.{digits}f}"
 
 
 def why_idle(episodes, s):
@@ -90,7 +129,7 @@ class Clock:
             self.seconds[self.phase] = self.seconds.get(self.phase, 0) + now - self.since
         self.phase = phase
         self.since = now
-        self.bar.set_description(f"{phase} {text}".strip())
+        self.bar.set_description_str(f"; {phase} {text}".rstrip("; "))
 
     def metrics(self):
         """Seconds by phase, and the peak of memory."""

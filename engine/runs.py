@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from engine import arguments, plugins, processes
+from engine import arguments, hardware, plugins, processes
 from engine.errors import first_line
 
 try:
@@ -27,7 +27,7 @@ STORED = ("adapter_model.safetensors adapter_config.json optimizer.pt tips.npz n
 # What may change on --resume, beside a larger --iterations.
 RESUMABLE = (
     "rollout_batch micro_tokens dtype load_in_4bit gradient_checkpointing decode_graph save_every"
-    " report_to"
+    " report_to verbose"
 ).split()
 KEPT = 2  # how many of the newest checkpoints are kept, beside the best evaluated
 
@@ -48,15 +48,37 @@ def open_run(s, notes, names, stack):
         s, start = continue_run(run_dir, s, names)
     elif checkpoints(run_dir) or records(run_dir / "metrics.jsonl"):
         raise ValueError(f"{run_dir} exists; --resume continues it, --run-dir takes another")
-    else:
-        print(*notes, sep="\n")
     episodes = s.tasks_per_iteration * s.group_size
     if processes.count > episodes:
         raise ValueError(
             f"{processes.count} processes, but {episodes} episodes an iteration; lower "
             "--num_processes, or raise --group-size or --tasks-per-iteration"
         )
+    device = hardware.find_device().name
+    since = "" if start is None else f"from iteration {start}; "
+    what = "; ".join(about(vars(s)))
+    new = notes if start is None else []
+    print(*new, f"{what}; {device}; {since}in {run_dir}", sep="\n", flush=True)
     return s, start
+
+
+def read_settings(run_dir):
+    """The dict in settings.json. Raises OSError or ValueError."""
+    try:
+        return json.loads((run_dir / "settings.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{run_dir / 'settings.json'} is damaged") from error
+
+
+def about(settings):
+    """What is run, of a dict of settings: (environment and tasks, model, method and seed)."""
+    tasks = ", ".join(settings["tasks"][:3])
+    if len(settings["tasks"]) > 3:
+        tasks += f" and {len(settings['tasks']) - 3} more"
+    names = dict.fromkeys([Path(settings["algorithm"]).stem, settings["preset"]])
+    method = "-".join(name for name in names if name != "empo2") or "empo2"
+    where = f"{Path(settings['env']).stem}: {tasks}"
+    return where, settings["model"], f"{method}, seed {settings['seed']}"
 
 
 def continue_run(run_dir, s, names):

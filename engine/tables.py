@@ -1,9 +1,10 @@
 """Tables and pictures of scores, beside the paper's."""
 
-import numpy as np
-from matplotlib.figure import Figure
+import os
 
-from engine import paper
+import numpy as np
+
+from engine import paper, runs
 from settings import Settings, is_standin
 
 # The five figures of an evaluation: scores are -100...100, shares 0...1.
@@ -51,9 +52,66 @@ def table(columns, rows):
     return markdown([head, *([name, *map(as_text, line)] for name, line in lines.items())])
 
 
+def new_figure(*size):
+    """An empty figure of so many inches, which needs no display."""
+    os.environ["MPLBACKEND"] = "agg"  # none is used, but matplotlib refuses names it does not know
+    from matplotlib.figure import Figure  # only now: training goes on without it
+
+    return Figure(figsize=size, layout="constrained")
+
+
+# --- Runs of train.py ---
+THIN = {"linewidth": 1, "marker": ".", "markersize": 3, "alpha": 0.7}
+STYLES = {
+    "tip-free evaluation": {"linewidth": 2, "marker": "."},
+    "training, with tips": {"linestyle": "--", **THIN},
+    "training, without tips": {"linestyle": ":", **THIN},
+}
+CURVES = (  # panel, log, what is drawn of it, how
+    (0, "evals.jsonl", "score", "tip-free evaluation"),
+    (0, "metrics.jsonl", "score_with_memory", "training, with tips"),
+    (0, "metrics.jsonl", "score_without_memory", "training, without tips"),
+    (1, "evals.jsonl", "success", "tip-free evaluation"),
+)
+DRAWN = "drawn by draw_runs"  # this stands in its files, which it may overwrite
+
+
+def draw_runs(path, folders):
+    """Draw the curves of runs, a colour each, from the files in their directories, as a PNG."""
+    settings = [runs.read_settings(folder) for folder in folders]
+    words = [runs.about(one) for one in settings]
+    shared = [len({*parts}) == 1 for parts in zip(*words)]
+    labels = [", ".join(word for word, all_ in zip(parts, shared) if not all_) for parts in words]
+    if len({*labels}) < len(labels):
+        labels = [str(folder) for folder in folders]
+    figure = new_figure(7, 5)
+    panels = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    for number, folder in enumerate(folders):
+        for panel, log, key, kind in CURVES:
+            lines = [line for line in runs.records(folder / log) if line.get(key) is not None]
+            points = [line["iteration"] for line in lines], [line[key] for line in lines]
+            panels[panel].plot(*points, color=f"C{number}", **STYLES[kind])
+    for kind, style in STYLES.items():
+        panels[0].plot([], [], label=kind, color="C0" if len(folders) == 1 else "black", **style)
+    if len(folders) > 1:
+        for number, label in enumerate(labels):
+            panels[0].plot([], [], label=label, color=f"C{number}")
+    panels[0].set(ylim=(-105, 105), yticks=range(-100, 101, 50), ylabel="score")
+    panels[1].set(ylim=(-0.05, 1.05), ylabel="share solved", xlabel="training iterations")
+    last = max(one["iterations"] for one in settings)
+    panels[1].set_xlim(-0.02 * last, 1.02 * last)
+    panels[1].xaxis.get_major_locator().set_params(integer=True)
+    title = "; ".join(word for word, all_ in zip(words[0], shared) if all_)
+    figure.suptitle(title, fontsize="medium")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=120, metadata={"Source": DRAWN})
+    os.replace(temporary, path)
+
+
 def draw_trials(path, parts):
     """The score of each trial, a line per task."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     for task in dict.fromkeys(part["task"] for part in parts):
         mine = [part for part in parts if part["task"] == task]
@@ -67,7 +125,7 @@ def draw_trials(path, parts):
 def draw_scores(path, parts):
     """The score of each task, beside the paper's GRPO and EMPO²."""
     tasks = [part["task"] for part in parts]
-    figure = Figure(figsize=(8, 1.5 + 0.3 * len(tasks)), layout="constrained")
+    figure = new_figure(8, 1.5 + 0.3 * len(tasks))
     axes = figure.subplots()
     axes.barh(tasks, [part["mean"] for part in parts], color="lightgrey", label="here")
     known = [task for task in tasks if task in paper.TABLE_1]

@@ -1,18 +1,25 @@
-"""The report of a sweep: tables and pictures of its runs, beside the paper's.
+"""Runs beside each other: their tip-free scores in a table, their curves in a picture.
 
-Written by sweep.py whenever a run has ended, from what all runs have left so far: summary.md,
-curves.png and results.json. Below, a preset is what a column of
-the sweep is called: with --grid also empo2,memory_prob=0.4.
+  python -m experiments.report runs/scienceworld-power-component-0 runs/mine --out curves.png
+
+The picture is as each run's own curve.png, with a colour for each run.
+
+A sweep has a report of its own, which sweep.py writes whenever a run has ended, from what all runs
+have left so far: summary.md, curves.png and results.json, beside the paper's numbers. Below, a
+preset is what a column of the sweep is called: with --grid also empo2,memory_prob=0.4.
 """
 
+import argparse
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from engine import paper, runs
-from engine.tables import markdown, table
+from engine.arguments import Parser
+from engine.tables import DRAWN, draw_runs, markdown, new_figure, table
 from settings import is_standin
 
 # --- The cells of a sweep, as results.json has them ---
@@ -37,10 +44,18 @@ def finished(run_dir):
     if not evals:
         return False
     try:
-        settings = json.loads((run_dir / "settings.json").read_text())
+        settings = runs.read_settings(run_dir)
     except (OSError, ValueError):  # lost or damaged: resuming the run writes it again
         return False
     return evals[-1]["iteration"] == settings["iterations"]
+
+
+def minutes(metrics, evals):
+    """Of training and evaluation."""
+    seconds = sum(line["seconds"] for line in evals)
+    for line in metrics:
+        seconds += sum(value for name, value in line.items() if name.startswith("seconds_"))
+    return round(seconds / 60, 2)
 
 
 def cell(state, curve, costs):
@@ -64,11 +79,9 @@ def measure(run_dir, task):
     state = f"{len(metrics)} iterations" if metrics else "missing"
     if finished(run_dir) and any(point["iteration"] for point in curve):
         state = "finished"
-    seconds = sum(line["seconds"] for line in evals)
-    seconds += sum(line["seconds_training"] for line in evals[-1:])
     costs = {
         "iterations": len(metrics),
-        "minutes": round(seconds / 60, 2),
+        "minutes": minutes(metrics, evals),
         "episodes": sum(line["episodes"] for line in metrics),
         "solved": round(sum(line["success"] * line["episodes"] for line in metrics)),
     }
@@ -218,7 +231,7 @@ def draw_curves(path, results, what, title):
     overall, *tasks = results
     columns = min(3, len(results[overall]))
     rows = math.ceil(len(results[overall]) / columns)
-    figure = Figure(figsize=(3 * columns + 1, 2.2 * rows + 0.8), layout="constrained")
+    figure = new_figure(3 * columns + 1, 2.2 * rows + 0.8)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel in panels[len(results[overall]) :]:
         panel.set_visible(False)
@@ -237,3 +250,46 @@ def draw_curves(path, results, what, title):
     figure.supxlabel("training episodes")
     figure.supylabel(f"tip-free {what}")
     figure.savefig(path, dpi=120)
+
+
+# --- Single runs ---
+def compare(folders):
+    """The lines of a table of runs: what each is, its first and its last evaluation, its cost."""
+    rows = [["run", "what", "tip-free score", "solved", "iterations", "minutes"]]
+    for folder in folders:
+        evals, metrics = (runs.records(folder / log) for log in ("evals.jsonl", "metrics.jsonl"))
+        *_, method = runs.about(runs.read_settings(folder))
+        ends = [evals[0], evals[-1]] if evals else []
+        score = " -> ".join(f"{end['score']:.1f}" for end in ends) or "missing"
+        solved = " -> ".join(f"{end['success']:.0%}" for end in ends) or "missing"
+        cost = f"{minutes(metrics, evals):.1f}"
+        rows.append([str(folder), method, score, solved, str(len(metrics)), cost])
+    return markdown(rows)
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
+    parser = Parser(
+        prog="python -m experiments.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories of train.py")
+    parser.add_argument("--out", type=Path, default="curves.png", help="the picture [curves.png]")
+    try:
+        args = parser.parse_args(argv)
+        if args.out.suffix != ".png":
+            raise ValueError(f"--out {args.out}: its name must end in .png")
+        if args.out.exists() and DRAWN.encode() not in args.out.read_bytes():
+            raise ValueError(f"{args.out} exists, another picture; name a new one with --out")
+        print(*compare(args.runs), sep="\n")
+        draw_runs(args.out, args.runs)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    print(f"picture: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

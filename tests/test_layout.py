@@ -33,6 +33,13 @@ def imports(path):
         yield from {*names} & MODULES
 
 
+def test_matplotlib_is_imported_only_where_something_is_drawn():
+    for path in TRACKED:
+        for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "matplotlib" not in ast.unparse(node), path
+
+
 @pytest.mark.parametrize("place", MAY)
 def test_no_arrow_runs_back(place):
     files = [

@@ -86,7 +86,7 @@ def test_several_processes_play_and_learn_what_one_does(alone, launch, tmp_path)
     """Also where some have no row in a step, and no episode in an evaluation: two for three."""
     codes, _, said = launch([*SMALL, *LEARN], tmp_path, range(3), 3)[1]()
     assert codes == (0, 0, 0), said
-    assert [text.count("iteration 3 of 3") for text in said] == [1, 0, 0]
+    assert [text.count(" 3/3 ") for text in said] == [2, 0, 0]
     assert [text.count("look at its episodes") for text in said] == [1, 0, 0]
     assert runs.records(tmp_path / "episodes.jsonl") == runs.records(alone / "episodes.jsonl")
     for memory in ("tips.npz", "novelty.npz"):

@@ -28,9 +28,9 @@ import envs
 import eval as evaluation
 import settings
 import train
-from engine import arguments, command, evaluations, logs, runs
+from engine import arguments, command, evaluations, logs, processes, runs, tables
 from engine.errors import UNKNOWN
-from experiments import sweep
+from experiments import report, sweep
 from policy import Policy
 from settings import PRESETS
 
@@ -67,7 +67,8 @@ def start(run_dir, *words):
     return train.main([*small, "--run-dir", str(run_dir), *map(str, words)])
 
 
-WHOLE = ["--eval-every", 3, "--eval-variations", 2, "--eval-episodes", 1]
+EVALS = ["--eval-variations", 2, "--eval-episodes", 1]
+WHOLE = ["--eval-every", 3, *EVALS]
 
 
 @pytest.fixture(scope="module")
@@ -340,16 +341,29 @@ def test_a_path_from_the_home_directory(monkeypatch):
 
 # --- What is shown and tracked --------------------------------------------------------------------
 def test_the_first_minutes(tmp_path):
-    """A line per iteration where there is no terminal; at the end before -> after, view, go on."""
+    """Without a terminal aligned lines; at the end before -> after, picture, view, go on."""
     config = tmp_path / "small.yaml"
     config.write_text("iterations: 2")
     argv = [sys.executable, ROOT / "train.py", *SMALL[:-2], "--config", config]
-    done = subprocess.run([*argv, "--run-dir", tmp_path / "r"], capture_output=True, text=True)
-    progress = done.stderr.splitlines()
-    assert all(line.startswith("iteration ") for line in progress), "and no warning"
-    assert len(progress) == 2 and "tips shown" in progress[1] and "\r" not in done.stderr
-    before_after, *_ = done.stdout.splitlines()[-3:]
+    env = os.environ | {"MPLBACKEND": "nonsense"}
+    argv += ["--run-dir", tmp_path / "r"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env)
+    head, *progress = done.stderr.splitlines()
+    assert head.split("  ") == [*logs.COLUMNS] and "\r" not in done.stderr
+    assert {len(line) for line in progress} == {len(head)}, "aligned, and no warning"
+    assert [line.split()[0] for line in progress] == ["0/2", "1/2", "2/2", "2/2"]
+    (score, solved, _), (_, without, tips, _) = (line.split()[1:] for line in progress[:2])
+    (first, *_), (metrics, _) = (
+        runs.records(tmp_path / "r" / log) for log in ("evals.jsonl", "metrics.jsonl")
+    )
+    assert (score, solved) == (f"{first['score']:.1f}", f"{first['success']:.0%}")
+    assert (without, int(tips)) == (f"{metrics['score_without_memory']:.1f}", 0)
+    what, before_after, picture, *_ = done.stdout.splitlines()
+    run_dir = tmp_path / "r"
+    assert what == f"house: radio, fan; standin; empo2, seed 0; no GPU; in {run_dir}"
     assert "->" in before_after and "not to be compared" in before_after
+    assert picture == f"picture: {run_dir / 'curve.png'}"
+    assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "r" / "settings.json").read_text())["config"] == str(config)
 
 
@@ -359,7 +373,8 @@ def test_the_commands_at_the_end_work_from_anywhere(finished, tmp_path, monkeypa
     for cwd in (ROOT, tmp_path):
         monkeypatch.chdir(cwd)
         command.summarise(s, Path(os.path.relpath(run_dir)))
-        _, look, go_on = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
+        said = capsys.readouterr().out.splitlines()
+        _, _, look, go_on = (line.partition(": ")[2] for line in said)
         assert (cwd == ROOT) == look.startswith("python experiments/view.py ")
         words = f"{shlex.quote(sys.executable)} {look.removeprefix('python ')}"
         done = subprocess.run(words, shell=True, capture_output=True, text=True)
@@ -389,11 +404,133 @@ def test_a_terminal_without_utf_8(monkeypatch):
         assert end.value.code == 0 and b"usage" in said and said.endswith(b"EMPO\\xb2\n")
 
 
+def test_the_bar_fits_80_columns(monkeypatch):
+    """Of a long run on a GPU; other processes than the first show and draw nothing."""
+    terminal = io.StringIO()
+    terminal.isatty, terminal.fileno = lambda: True, lambda: 2
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: (80, 25))
+    monkeypatch.setattr(logs, "draw_runs", lambda *args: terminal.write("drawn"))
+    s = settings.Settings(run_dir="x", iterations=200)
+    result = {"iteration": 100, "score": -38.2, "success": 0.25, "seconds": 1}
+    metrics = {"iteration": 100, "tips_shown": 2500, "seconds_update": 9}
+    metrics |= {"score_with_memory": -45.5, "score_without_memory": -0.2}
+    for rank in (0, 1):
+        monkeypatch.setattr(processes, "rank", rank)
+        display = logs.Display(s, 100, SimpleNamespace(log=lambda *_, **__: None))
+        if rank == 0:
+            display.bar.start_t -= 2400  # seconds an iteration
+        display.evaluation(result)
+        display.iteration([], metrics)
+        logs.Clock(display.bar)("update", "step 1 of 4")
+        display.bar.refresh()
+        if rank == 0:
+            _, drawn, last = terminal.getvalue().partition("drawn")
+            shown = "tip-free -38 (25%), with tips -46, without 0, 2500 tips"
+            whole = f"101/200, 66:00:00 left, {shown}; update step 1 of 4"
+            assert drawn and last.split("\r")[-1] == whole[:79]
+            assert "solved" not in terminal.getvalue()
+        terminal.truncate(0)
+    assert not terminal.getvalue()
+
+
+def drawn_by(monkeypatch):
+    """A list that gets each figure with curves of runs."""
+    figures, new = [], tables.new_figure
+    monkeypatch.setattr(
+        tables, "new_figure", lambda *size: figures.append(new(*size)) or figures[-1]
+    )
+    return figures
+
+
+def test_the_picture_is_whole_after_ctrl_c_and_a_resume(tmp_path, monkeypatch, capsys):
+    """Drawn at each evaluation and at the end: what the logs hold."""
+    update, figures = empo2.update, drawn_by(monkeypatch)
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(empo2, "update", interrupted)
+        assert start(tmp_path, *EVALS, "--eval-every", 2, "--iterations", 3) == 130
+    capsys.readouterr()
+    assert start(tmp_path, "--resume", "--verbose") == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert (
+        said
+        == f"house: radio, fan; standin; empo2, seed 0; no GPU; from iteration 1; in {tmp_path}"
+    )
+    assert len(figures) == 4, "evaluation, stop, evaluation, end"
+    curves = [[line.get_xydata().T.tolist() for p in f.axes for line in p.lines] for f in figures]
+    assert [len(evals[0]) for evals, *_ in curves] == [1, 1, 2, 3]
+    evals, metrics = (runs.records(tmp_path / f"{log}.jsonl") for log in ("evals", "metrics"))
+
+    def curve(lines, name):
+        known = [line for line in lines if line[name] is not None]
+        return [[float(line[key]) for line in known] for key in ("iteration", name)]
+
+    tips = [curve(metrics, f"score_{kind}_memory") for kind in ("with", "without")]
+    assert curves[-1][:3] == [curve(evals, "score"), *tips] and tips[0][0]
+    assert curves[-1][-1] == curve(evals, "success")
+    assert figures[-1].get_suptitle() == "house: radio, fan; standin; empo2, seed 0"
+    assert figures[0].axes[0].get_xlim()[1] > 3, "how much is to come is seen"
+
+
+@pytest.mark.parametrize("fault", ["no matplotlib", "a folder has the name"])
+def test_a_picture_that_cannot_be_drawn_is_one_line(fault, tmp_path, monkeypatch, capsys):
+    if fault == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    else:
+        (tmp_path / "curve.png").mkdir()
+    assert start(tmp_path, *EVALS, "--eval-every", 1, "--iterations", 1) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "curve.png" in line]
+    assert len(said) == 1 and "is not drawn, the run goes on without it: " in said[0]
+
+
+def test_runs_in_one_picture(finished, tmp_path, monkeypatch, capsys):
+    figures, out = drawn_by(monkeypatch), tmp_path / "all.png"
+    other = shutil.copytree(finished, tmp_path / "other")
+    words = json.loads((other / "settings.json").read_text())
+    (other / "settings.json").write_text(json.dumps(words | {"preset": "grpo", "iterations": 9}))
+    argv = [str(finished), str(other), "--out", str(out)]
+    assert report.main(argv) == report.main(argv) == 0, "its own picture is overwritten"
+    row = capsys.readouterr().out.splitlines()[3]
+    first, *_, last = runs.records(other / "evals.jsonl")
+    seconds = runs.records(finished / "metrics.jsonl")
+    minutes = report.minutes(seconds, [])
+    assert minutes == pytest.approx(last["seconds_training"] / 60, abs=0.01)
+    for cell in (
+        str(other),
+        "grpo, seed 0",
+        f"{first['score']:.1f} -> {last['score']:.1f}",
+        f"{first['success']:.0%} -> {last['success']:.0%}",
+        "4",
+    ):
+        assert f"| {cell} " in row
+    texts = [text.get_text() for text in figures[0].legends[0].texts]
+    assert texts == [*tables.STYLES, "empo2, seed 0", "grpo, seed 0"]
+    assert figures[0].get_suptitle() == "house: radio, fan; standin"
+    out.write_bytes(b"a photograph")
+    for said, *bad in (
+        (f"{out} exists, another picture", *argv),
+        ("settings.json", str(tmp_path), "--out", str(tmp_path / "new.png")),
+        ("must end in .png", str(finished), "--out", "x.pdf"),
+    ):
+        assert report.main(bad) == 2
+        assert said in capsys.readouterr().err
+    assert out.read_bytes() == b"a photograph"
+
+
 def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
     """And reports the reason that there is."""
-    assert start(tmp_path, "--iterations", 4, "--group-size", 1, "--beta", 0.1) == 0
+    few = ["--iterations", 4, "--group-size", 1, "--beta", 0.1]
+    assert start(tmp_path, *few, "--preset", "no-mask", "--verbose") == 0
     said = "3 iterations taught nothing: --group-size 1 leaves no episode to compare with"
-    assert capsys.readouterr().err.splitlines().count(said) == 1
+    output = capsys.readouterr()
+    assert output.err.splitlines().count(said) == 1
+    assert "preset no-mask: min_prob = 0.0\n" in output.out, "--verbose"
+    assert "  dtype = float32  (no GPU: exact)\n" in output.out
     s, trackers = train.parse(SMALL)[0], SimpleNamespace(log=lambda *_, **__: None)
     heard, unheard = (
         SimpleNamespace(score=score, turns=[SimpleNamespace(next_observation=text)])
@@ -402,7 +539,8 @@ def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
 
     def said_of(episodes, shares):
         display = logs.Display(s, 0, trackers)
-        shown = {"iteration": 0, "score": 0, "score_best": 0, "tips_shown": 0}
+        shown = {"iteration": 0, "tips_shown": 0}
+        shown |= {"score_with_memory": None, "score_without_memory": 0}
         for share in shares:
             display.iteration(episodes, shown | {"zero_variance_groups": share})
         return [x for x in capsys.readouterr().err.splitlines() if "taught nothing" in x]
