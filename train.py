@@ -233,12 +233,6 @@ def make_envs(policy, algorithm):
     return [env] + [envs.from_settings(s) for _ in range(parallel - 1)], pool, eval_pool
 
 
-DEMONSTRATION = (
-    "no GPU: the demonstration configs/stages.yaml, EMPO² with algorithms/mode_credit.py "
-    "(--preset empo2: the paper's alone); with a GPU: Qwen2.5-7B on power-component"
-)
-
-
 def parse(argv):
     """(settings, lines that a new run prints), with what the hardware decides."""
     said = []
@@ -246,7 +240,11 @@ def parse(argv):
     shown = None if hardware.find_device().gigabytes else arguments.demonstration(s, argv)
     if shown:
         s, notes = arguments.parse(shown, __doc__)
-        said.append(DEMONSTRATION)
+        plain = " (the paper's: --preset empo2)" if s.preset == "empo2-modes" else ""
+        said.append(
+            f"no GPU: the demonstration configs/stages.yaml, preset {s.preset}{plain}; "
+            "with a GPU: Qwen2.5-7B on power-component"
+        )
     s, reasons = hardware.defaults(s, envs.default_tasks(s))
     if s.verbose:
         said += [*notes, *reasons]

@@ -28,7 +28,7 @@ import envs
 import eval as evaluation
 import settings
 import train
-from engine import arguments, command, evaluations, logs, processes, runs, tables
+from engine import arguments, command, evaluations, hardware, logs, processes, runs, tables
 from engine.errors import UNKNOWN
 from experiments import report, sweep
 from policy import Policy
@@ -384,6 +384,41 @@ def test_the_commands_at_the_end_work_from_anywhere(finished, tmp_path, monkeypa
         s_again, _ = train.parse(argv)
         assert s_again.resume and s_again.iterations == 8
         assert Path(s_again.run_dir).samefile(run_dir)
+
+
+@pytest.mark.parametrize(
+    "command, method",
+    [
+        ("", "mode_credit empo2-modes"),
+        ("--env scienceworld --tasks identify-life-stages-2 --seed 3", "mode_credit empo2-modes"),
+        ("--model standin/stages --preset empo2", "empo2 empo2"),
+        ("--preset grpo --iterations 36", "empo2 grpo"),
+        ("--algorithm gspo", "gspo grpo"),
+    ],
+)
+def test_without_a_gpu_the_main_command_is_the_demonstration(command, method, monkeypatch):
+    s, said = train.parse(command.split())
+    stages = arguments.read_config(ROOT / "configs" / "stages.yaml")
+    assert f"{s.algorithm} {s.preset}" == method and s.model == "standin/stages"
+    for name in stages.keys() - {"sweep", *PRESETS[s.preset]}:
+        assert getattr(s, name) == type(getattr(s, name))(stages[name])
+    assert len(said) == 1 and "no GPU" in said[0] and f"preset {s.preset}" in said[0]
+    with_gpu = hardware.find_device()._replace(gigabytes=80.0)
+    monkeypatch.setattr(hardware, "find_device", lambda: with_gpu)
+    s, said = train.parse([])
+    assert (s.model, s.tasks, s.algorithm) == (settings.QWEN, ["power-component"], "empo2")
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "command", ["--tasks power-component", "--env webshop", "--config configs/paper.yaml"]
+)
+def test_without_a_gpu_other_things_need_a_model(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="no GPU: .* needs a --model: smollm2"):
+        train.parse(command.split())
+    s, said = train.parse([*command.split(), "--model", "smollm2"])
+    assert s.model == "smollm2" and s.config != "configs/stages.yaml" and not said
 
 
 def test_a_terminal_without_utf_8(monkeypatch):
