@@ -1,6 +1,7 @@
 """Tables and pictures of scores, beside the paper's."""
 
 import os
+import textwrap
 
 import numpy as np
 
@@ -102,8 +103,9 @@ def draw_runs(path, folders):
     panels[1].set_xlim(-0.02 * last, 1.02 * last)
     panels[1].xaxis.get_major_locator().set_params(integer=True)
     title = "; ".join(word for word, all_ in zip(words[0], shared) if all_)
-    figure.suptitle(title, fontsize="medium")
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(textwrap.fill(title, 80), fontsize="medium")
+    columns = 3 if max(map(len, labels)) < 25 else 1
+    figure.legend(loc="outside lower center", ncols=columns, fontsize="small")
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=120, metadata={"Source": DRAWN})
     os.replace(temporary, path)

@@ -450,7 +450,8 @@ def test_the_bar_fits_80_columns(monkeypatch):
     result = {"iteration": 100, "score": -38.2, "success": 0.25, "seconds": 1}
     metrics = {"iteration": 100, "tips_shown": 2500, "seconds_update": 9}
     metrics |= {"score_with_memory": -45.5, "score_without_memory": -0.2}
-    for rank in (0, 1):
+    for rank in (1, 0):
+        assert not terminal.getvalue()
         monkeypatch.setattr(processes, "rank", rank)
         display = logs.Display(s, 100, SimpleNamespace(log=lambda *_, **__: None))
         if rank == 0:
@@ -459,14 +460,10 @@ def test_the_bar_fits_80_columns(monkeypatch):
         display.iteration([], metrics)
         logs.Clock(display.bar)("update", "step 1 of 4")
         display.bar.refresh()
-        if rank == 0:
-            _, drawn, last = terminal.getvalue().partition("drawn")
-            shown = "tip-free -38 (25%), with tips -46, without 0, 2500 tips"
-            whole = f"101/200, 66:00:00 left, {shown}; update step 1 of 4"
-            assert drawn and last.split("\r")[-1] == whole[:79]
-            assert "solved" not in terminal.getvalue()
-        terminal.truncate(0)
-    assert not terminal.getvalue()
+    before, drawn, last = terminal.getvalue().partition("drawn")
+    shown = "tip-free -38 (25%), with tips -46, without 0, 2500 tips"
+    whole = f"101/200, 66:00:00 left, {shown}; update step 1 of 4"
+    assert drawn and last.split("\r")[-1] == whole[:79] and "solved" not in before
 
 
 def drawn_by(monkeypatch):
