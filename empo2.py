@@ -47,6 +47,7 @@ what we do; a comment `# [n]` marks each place in the code. "Paper" is the text 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ from engine import processes
 from engine.errors import paired
 from engine.metrics import update_metrics
 from engine.packing import micro_batches, pack_rows, visibility
+from engine.scoring import by_pair, score_later_steps, score_pairs
 from rollout import no_progress
 from settings import Settings
 
@@ -286,15 +288,14 @@ def update(policy, optimizer, episodes, algorithm, rng, progress=no_progress):
         pairs = algorithm.training_pairs(episode)
         for turn, pair in paired(episode.turns, pairs, "training_pairs, per turn,"):
             turn.pair = pair
+    score = partial(score_rows, policy, s=s)
+    progress("update", "old log-probs")
     if algorithm.needs_logps:
-        progress("update", "old log-probs")
-        score_pairs(policy, episodes, s)
+        score_pairs(episodes, s, score)
     give_advantages(episodes, algorithm.advantages(episodes))
     parts, norms = [], []
     steps = optimiser_steps(episodes, algorithm, rng)
-    if len(steps) > 1:
-        progress("update", "old log-probs")
-        score_later_steps(policy, steps, s)
+    score_later_steps(steps, score)
     for number, (rows, normaliser) in enumerate(steps, 1):
         progress("update", f"step {number} of {len(steps)}")
         optimizer.zero_grad()
@@ -328,28 +329,6 @@ def draw_update_modes(episodes, algorithm, rng):
                 turn.offpolicy = mode
 
 
-def score_pairs(policy, episodes, s):
-    """Evaluate π_old under each pair's own prompt, also of `second`. [2]"""
-
-    def missing(pair):
-        return [p for p in (pair, pair.second) if p and p.old_logps is None]
-
-    pairs = [pair for e in episodes for turn in e.turns for pair in missing(turn.pair)]
-    numbers = {id(pair): number for number, pair in enumerate(pairs)}
-    rows = processes.share(pack_rows(episodes, range(len(episodes)), s, missing))
-    scored = [(numbers[id(pair)], logps) for pair, logps in score_rows(policy, rows, s)]
-    for number, logps in processes.gather(scored):
-        pairs[number].old_logps = logps
-
-
-def score_later_steps(policy, steps, s):
-    """Evaluate π_old for all steps but the first, in which π_θ still is π_old. [2]"""
-    rows = [row for rows, _ in steps[1:] for row in rows]
-    rows = [row for row in rows if any(pair.old_logps is None for _, pair in row.spans)]
-    for pair, logps in score_rows(policy, rows, s):
-        pair.old_logps = pair.old_logps or logps
-
-
 @torch.no_grad()
 def score_rows(policy, rows, s):
     """[(pair, log-probs of its action)] under π_θ."""
@@ -357,15 +336,6 @@ def score_rows(policy, rows, s):
     for batch in micro_batches(rows, s.micro_tokens):
         logp, _ = score_tokens(policy, collate(batch, policy.device), s)
         scored += by_pair(batch, logp)
-    return scored
-
-
-def by_pair(rows, logp):
-    """[(pair, log-probs of its action)] of a micro-batch, from logp [B, L]."""
-    scored = []
-    for row, values in zip(rows, logp.tolist(), strict=True):
-        for start, pair in row.spans:
-            scored.append((pair, values[start : start + len(pair.action)]))
     return scored
 
 

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import rollout
 from empo2 import Algorithm, Pair, group_advantages, hybrid_loss
 from engine import packing
 from engine.packing import pack
+from engine.scoring import score_pairs
 from settings import Settings
 
 YES = torch.tensor([[True]])
@@ -308,7 +310,7 @@ def test_given_log_probs_are_not_scored():
     episode.turns[1].offpolicy = True
     episode.turns[0].pair, episode.turns[1].pair = algorithm.training_pairs(episode)
     bag = Bag()
-    empo2.score_pairs(bag, [episode], algorithm.s)
+    score_pairs([episode], algorithm.s, partial(empo2.score_rows, bag, s=algorithm.s))
     own = bag.of([1, 10, 5], [20, 9])[0].tolist()
     assert episode.turns[0].pair.old_logps == pytest.approx(own, abs=1e-5)
     assert episode.turns[1].pair.old_logps == [-2.0, -0.5] and bag.scored == 2 + 2

@@ -1,6 +1,7 @@
 """The whole loop learns: an easy house of one room, a small policy that begins at random."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import rollout
 import settings
 import train
 from engine import runs
+from engine.scoring import score_pairs
 from policy import Policy, load_policy
 
 HOUSE = {"rooms": 1, "containers": 1, "step_limit": 4}
@@ -151,7 +153,7 @@ def test_an_iteration_makes_rewarded_actions_likelier(cls, sign):
     before = np.concatenate([pair.old_logps for pair in pairs])
     for pair in pairs:
         pair.old_logps = None
-    empo2.score_pairs(learner.policy, episodes, algorithm.s)
+    score_pairs(episodes, algorithm.s, partial(empo2.score_rows, learner.policy, s=algorithm.s))
     change = np.concatenate([pair.old_logps for pair in pairs]) - before
     empo2.give_advantages(episodes, empo2.Algorithm(algorithm.s).advantages(episodes))
     weight = np.concatenate([pair.advantages for pair in pairs])
