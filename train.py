@@ -237,8 +237,9 @@ def parse(argv):
     """(settings, lines that a new run prints), with what the hardware decides."""
     said = []
     s, notes = arguments.parse(argv, __doc__)
-    shown = None if hardware.find_device().gigabytes else arguments.demonstration(s, argv)
-    if shown:
+    place = hardware.find_device()
+    shown = arguments.demonstration(s, argv)
+    if shown and not place.gigabytes and (s.model or not place.fault):
         s, notes = arguments.parse(shown, __doc__)
         plain = " (the paper's: --preset empo2)" if s.preset == "empo2-modes" else ""
         said.append(

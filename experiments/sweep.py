@@ -231,7 +231,8 @@ def common_settings(args, shared):
     for argv in make_cells(args, shared).values():
         if not train.parse(argv)[0].eval_every:
             raise ValueError("a sweep compares tip-free evaluations; add -- --eval-every 5")
-    common = dataclasses.asdict(train.parse(shared)[0]) | {"together": args.together}
+    whole = [*shared, "--tasks", *args.tasks, "--preset", "empo2"]
+    common = dataclasses.asdict(train.parse(whole)[0]) | {"together": args.together}
     common = {k: v for k, v in common.items() if k not in (*OWN, *runs.RESUMABLE)}
     return common | ({"tasks": sorted(args.tasks)} if args.together else {})
 
