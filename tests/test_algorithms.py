@@ -11,7 +11,7 @@ from toys import Bag, KnownOrder, drawn_episode
 import empo2
 import rollout
 import train
-from algorithms import dr_grpo, gigpo, gspo, sdpo
+from algorithms import dr_grpo, gigpo, gspo, mode_credit, sdpo
 from empo2 import Algorithm, Batch
 from engine import runs
 from envs import UNKNOWN, Env, EnvFault, make
@@ -126,6 +126,25 @@ def test_gspo(clip, beta, pack):
         return clipped((logp - old).mean().exp(), GAINS[i] / math.sqrt(26 / 4), s)
 
     check_update(gspo.GSPO(s), some_episodes(), 0.5, term, len)
+
+
+# --- Credit within the mode -----------------------------------------------------------------------
+def test_episodes_of_a_mode_are_compared_with_each_other_too():
+    """Returns 10 and 6 with tips, -4 and -12 without; another group of one episode."""
+    returns = {(0, True): [10.0, 6.0], (0, False): [-4.0, -12.0], (1, True): [3.0]}
+    episodes = []
+    for (group, tips), scores in returns.items():
+        for score in scores:
+            episode = drawn_episode(2, group, [score])
+            if not tips:
+                episode.turns[1].shown_ids = []
+            episodes.append(episode)
+    s = mode_credit.Settings(mode_weight=0.5, advantage_eps=1.0, intrinsic_coef=0.0)
+    got = mode_credit.ModeCredit(s).advantages(episodes)
+    sigma = math.sqrt((100 + 36 + 16 + 144) / 4) + 1  # around 0
+    expected = [10 / sigma + 0.5 * 2 / 3, 6 / sigma - 0.5 * 2 / 3]
+    expected += [-4 / sigma + 0.5 * 4 / 5, -12 / sigma - 0.5 * 4 / 5, 0.0]
+    assert got == [[pytest.approx(a, abs=1e-6)] * 2 for a in expected]
 
 
 def test_a_token_of_gspo_has_the_share_of_its_action():
