@@ -7,8 +7,6 @@ from typing import Literal
 
 from engine.errors import unknown
 
-QWEN = "Qwen/Qwen2.5-7B-Instruct"
-
 
 def setting(default, text, **options):
     """A field of `Settings`: its default and its line in --help."""
@@ -44,12 +42,12 @@ class Settings:
     )
     # Policy
     model: str | None = setting(
-        None, f"hub id, folder, standin/NAME, smollm2 [GPU: {QWEN}, house on a CPU: standin/house]"
+        None, "hub id, folder, standin/NAME, smollm2 [Qwen2.5 by the GPU's memory, else a stand-in]"
     )
     dtype: Literal["float32", "bfloat16"] | None = setting(
-        None, "number type [GPU: bfloat16, CPU: float32]"
+        None, "number type [bfloat16 on a GPU that has it, else float32]"
     )
-    load_in_4bit: bool | None = switch("4-bit (NF4) frozen weights [on cards up to 24 GB]")
+    load_in_4bit: bool | None = switch("4-bit (NF4) frozen weights [by the card's memory]")
     gradient_checkpointing: bool | None = switch("save memory: recompute activations [on a GPU]")
     decode_graph: bool | None = switch("sample with CUDA graphs [false]")
     lora_r: int = setting(16, "rank of the adapter")

@@ -406,7 +406,8 @@ def test_without_a_gpu_the_main_command_is_the_demonstration(command, method, mo
     with_gpu = hardware.find_device()._replace(gigabytes=80.0)
     monkeypatch.setattr(hardware, "find_device", lambda: with_gpu)
     s, said = train.parse([])
-    assert (s.model, s.tasks, s.algorithm) == (settings.QWEN, ["power-component"], "empo2")
+    assert (s.model, s.tasks) == ("Qwen/Qwen2.5-7B-Instruct", ["power-component"])
+    assert s.algorithm == "empo2"
     assert not said
 
 
