@@ -249,6 +249,8 @@ def parse(argv):
     s, reasons = hardware.defaults(s, envs.default_tasks(s))
     if s.verbose:
         said += [*notes, *reasons]
+    elif place.gigabytes:  # a licence, a card without bfloat16
+        said += [line for line in reasons if line.split()[0] in ("model", "dtype")]
     return s, said
 
 
