@@ -72,12 +72,16 @@ def in_a_cell(folder, label, column):
         re.search(r"rate ([\w.-]+)|$", label)[1],
         re.search(r", (\d+)( iterations)?$|$", label)[1],
     )
+    seed = re.search(r"seed (\d+)|$", f"{column} {label}")[1]
     file = "shuffled" if "shuffled" in label else f"rate-{rate}" if rate else "results"
     if last == "54":
         file = f"long-{preset}"
-    row = rows_of(folder / f"{file}.json")[preset]
+    row = rows_of(folder / f"{file}.json").get(preset, {})
+    if (folder / "older.json").exists() and (not row or seed and seed not in row):
+        row = rows_of(folder / "older.json")[preset]
+    if seed in row and "at the end" in label:
+        return numbers(row[seed]["curve"][-1]).values()
     last = last and int(last)
-    seed = re.search(r"seed (\d)|$", f"{column} {label}")[1]
     if column.isdigit():
         (point,) = (p for p in row[seed]["curve"] if p["iteration"] == int(column))
         return numbers(point).values()
