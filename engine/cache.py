@@ -4,6 +4,7 @@ Infrastructure: skip it on a first reading.
 """
 
 import math
+from itertools import chain
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -66,16 +67,16 @@ class DialogueCache:
             self.tokens_computed += ids.numel()
         self.tokens_needed += sum(lengths)
         origins = [firsts[tuple(prompt)] for prompt in prompts]
-        copies = [b for b, origin in enumerate(origins) if b != origin]
-        if copies:
-            self.copy([origins[b] for b in copies], copies, max(map(len, prompts)))
+        self.copy(origins, max(map(len, prompts)))
         return torch.stack([states[origin] for origin in origins])
 
-    def copy(self, origins, copies, width):
-        """Give some dialogues the first `width` positions of others; both are lists of indexes."""
-        for stores in self.layers.values():
-            for store in stores:
-                store[copies, :width] = store[origins, :width]
+    def copy(self, origins, width):
+        """Give dialogue b the first `width` positions of dialogue origins[b], for all b at once."""
+        copies = [(b, origin) for b, origin in enumerate(origins) if b != origin]
+        indexes = torch.tensor(copies)  # [copies, 2]
+        for store in chain.from_iterable(self.layers.values() if copies else ()):
+            indexes = indexes.to(store.device, non_blocking=True)  # once, not for each store
+            store[indexes[:, 0], :width] = store[indexes[:, 1], :width]
 
     def append(self, model, tokens, positions, width):
         """Add a token [B] to each of the first B dialogues -> states [B, d]. Never waits.
@@ -138,17 +139,12 @@ class DialogueCache:
                 self.dialogue_ids.append(dialogue_id)
                 self.held.append([])
         self.grow(batch_size(len(self.dialogue_ids)), 0)
+        order = list(range(len(self.held)))
         for i, dialogue_id in enumerate(dialogue_ids):
             j = self.dialogue_ids.index(dialogue_id)
-            if i != j:
-                for stores in self.layers.values():
-                    for store in stores:
-                        store[[i, j]] = store[[j, i]]
-                self.dialogue_ids[i], self.dialogue_ids[j] = (
-                    self.dialogue_ids[j],
-                    self.dialogue_ids[i],
-                )
-                self.held[i], self.held[j] = self.held[j], self.held[i]
+            for each in (order, self.dialogue_ids, self.held):
+                each[i], each[j] = each[j], each[i]
+        self.copy(order, self.positions)
 
 
 def key_width(tokens):

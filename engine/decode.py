@@ -6,14 +6,12 @@ A step of a 7B model is well over a thousand kernels, and Python may take longer
 a GPU to run them; neither was measured. So what changes from token to token is in tensors that stay
 where they are, shapes come in few sizes, and nothing is asked of the device: the GPU can record the
 step once and repeat it. (torch.compile takes the step whole, too, but compiles it anew for each
-size.) LoRA layers are fused, too.
+size.)
 """
 
 import weakref
-from functools import partial
 
 import torch
-from peft.tuners.lora import LoraLayer
 
 from engine.cache import batch_size, key_width
 
@@ -108,38 +106,6 @@ def decode(policy, cache, states, lengths, uniforms, temperature):
         tokens.append(step.token[:batch].clone())
         logps.append(step.logp[:batch].clone())
     return torch.stack(tokens, 1), torch.stack(logps, 1)
-
-
-class FusedAdapter:
-    """Inside `with`, a LoRA layer is its base layer and two products: W x + (s B) (A x).
-
-    peft's own forward asks at every call what cannot change while sampling, and casts the adapter
-    each time. Holds as long as the weights do.
-    """
-
-    def __init__(self, model, dtype):
-        self.forwards = {}
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                (name,) = layer.active_adapters
-                a = layer.lora_A[name].weight.T.to(dtype)  # [d_in, r]
-                b = layer.scaling[name] * layer.lora_B[name].weight.T.to(dtype)  # [r, d_out]
-                self.forwards[layer] = partial(fused, layer.base_layer, a, b)
-
-    def __enter__(self):
-        for layer, forward in self.forwards.items():
-            layer.forward = forward
-
-    def __exit__(self, *error):
-        for layer in self.forwards:
-            del layer.forward
-
-
-def fused(base_layer, a, b, x):
-    """x [..., d_in] -> [..., d_out]."""
-    result = base_layer(x)
-    low = (x.to(a.dtype) @ a).flatten(0, -2)  # [n, r]
-    return torch.addmm(result.flatten(0, -2), low, b).view(result.shape)
 
 
 class CudaGraphs:

@@ -32,6 +32,7 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import logging as transformers_logging
 
 from empo2 import Algorithm, accumulate_gradient
+from engine.layers import fuse
 from engine.packing import pack
 from engine.plugins import ROOT
 from engine.weights import four_bit, new_adapter
@@ -106,6 +107,7 @@ def fill(model, device="cpu", gradient_checkpointing=True):
     if gradient_checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    fuse(model)
     return Policy(model, AutoTokenizer.from_pretrained(ROOT / "standin" / "stages"))
 
 

@@ -450,7 +450,8 @@ def test_a_step_is_recorded_once_for_each_size(policy, monkeypatch):
 def test_four_bit_learns_saves_and_reloads(checkpoint, tmp_path):
     """NF4; the saved adapter gives the same log-probs when reloaded, and through peft alone."""
     policy = load(checkpoint, load_in_4bit=True, lora_r=4)
-    assert "Linear4bit" in {type(module).__name__ for module in policy.model.modules()}
+    kinds = {type(module).__name__ for module in policy.model.modules()}
+    assert "Linear4bit" in kinds and "FusedLinear" not in kinds
     trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
     assert all("lora" in name for name in trained)
     assert {p.dtype for p in policy.trainable()} == {torch.float32}

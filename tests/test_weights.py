@@ -206,6 +206,16 @@ def test_an_adapter_of_tied_embeddings_is_not_merged(target, checkpoint, tmp_pat
         Policy.load(str(tmp_path / "sft"))
 
 
+def test_an_adapter_that_is_no_plain_lora_is_not_trained(checkpoint, tmp_path):
+    tuned = fine_tuned(checkpoint, tmp_path, use_dora=True)
+    for name, parameter in tuned.named_parameters():
+        if "magnitude" in name:  # as first made, they change nothing
+            parameter.data *= 2
+    tuned.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="differs from the model's own log-probs"):
+        Policy.load(checkpoint, adapter=tmp_path)
+
+
 def test_replaced_layers_are_cast(checkpoint, tmp_path):
     fine_tuned(checkpoint, tmp_path / "sft", modules_to_save=["embed_tokens", "lm_head"])
     Policy.load(str(tmp_path / "sft"), dtype="bfloat16")

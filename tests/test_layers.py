@@ -1,0 +1,103 @@
+"""LoRA layers and the head compute what peft and torch do.     pytest tests/test_layers.py"""
+
+import copy
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import AS_ON_A_GPU, FP32
+from peft.tuners import lora
+from test_policy import gradients, load, played_episode, score, tolerances
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parameters_to_vector
+
+import empo2
+from engine import layers
+from settings import Settings
+
+
+def with_pefts_layers(policy):
+    """A copy."""
+    plain = copy.deepcopy(policy)
+    fused = [m for m in plain.model.modules() if isinstance(m, layers.FusedLinear)]
+    for layer in fused:
+        layer.__class__ = lora.Linear
+    assert len(fused) == 14
+    return plain
+
+
+@pytest.mark.parametrize("options", [FP32, {"gradient_checkpointing": True}, AS_ON_A_GPU])
+def test_fused_layers_learn_as_pefts_do(checkpoint, options):
+    """Log-probs, gradients, and the change of the weights in three steps with π_ref."""
+    policy = load(checkpoint, **options)
+    assert not any(isinstance(m, layers.FusedLinear) for m in policy.model.modules()) or (
+        policy.in_bf16()
+    )
+    layers.fuse(policy.model, policy.model.dtype)
+    episodes = [played_episode(policy, seed) for seed in range(3)]
+    turns = [(e.prompt(t), turn.action_ids) for e in episodes for t, turn in enumerate(e.turns)]
+    s = Settings(minibatch_episodes=1, beta=0.1, min_prob=0.0, max_grad_norm=1e6)
+    found = []
+    for learner in (policy, with_pefts_layers(policy)):
+        logp = torch.cat(score(learner, *zip(*turns, strict=True)))
+        gradient = parameters_to_vector(gradients(learner, logp))
+        before = parameters_to_vector(learner.trainable()).detach()
+        sgd = torch.optim.SGD(learner.trainable(), lr=0.01)
+        rng = np.random.default_rng(0)
+        empo2.update(learner, sgd, copy.deepcopy(episodes), empo2.Algorithm(s), rng)
+        found.append((logp, gradient, parameters_to_vector(learner.trainable()) - before))
+    atol, rtol = tolerances(policy) if policy.in_bf16() else (1e-6, 1e-6)
+    (logp, *ours), (expected, *pefts) = found
+    torch.testing.assert_close(logp, expected, atol=atol, rtol=0)
+    for a, b in zip(ours, pefts, strict=True):
+        assert 0 < b.norm() and (a - b).norm() <= rtol * b.norm()
+
+
+@torch.no_grad()
+def test_sampling_and_training_round_alike(checkpoint):
+    """In bf16; what is left of the gap comes from attention, over other shapes."""
+    policy = load(checkpoint, **AS_ON_A_GPU)
+    prompts = [policy.message("user", "look " * n) + policy.header for n in (1, 40, 7, 90)]
+    actions, sampled = policy.sample(prompts, np.random.default_rng(0).random((4, 40)), 1.0)
+    gap, pefts_gap = (
+        np.abs(np.concatenate(sampled) - torch.cat(score(p, prompts, actions)).numpy()).mean()
+        for p in (policy, with_pefts_layers(policy))
+    )
+    assert gap < 0.1 * pefts_gap
+    policy.model(torch.tensor(prompts[:1]))  # without autocast: nothing is left to be cast
+
+
+@pytest.mark.parametrize("head", [layers.head, layers.HeadWithoutCopy.apply])
+def test_the_head_is_exact_to_rounding_with_and_without_a_copy(monkeypatch, head):
+    """Products of bf16 numbers are exact in fp32. A sum of n is right to n roundings of 2^-24; of
+    the gradient 2^-8 of 2^-8 is lost on the way, and 2^-8 of the result, which is bf16."""
+
+    def product(x, y):  # no CPU has it
+        assert x.dtype == y.dtype == torch.bfloat16
+        return x.float() @ y.float()
+
+    monkeypatch.setattr(layers, "product", product)
+    torch.manual_seed(0)
+    states = torch.randn(5, 64).bfloat16().requires_grad_()
+    weight = torch.randn(300, 64).bfloat16()
+    upstream = torch.randn(5, 300)
+    logits = head(states, weight)
+    (gradient,) = torch.autograd.grad(logits, states, upstream)
+    assert (logits.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
+    x, w, g = states.detach().double(), weight.double(), upstream.double()
+    assert ((logits - x @ w.T).abs() <= 64 * 2**-24 * (x.abs() @ w.abs().T)).all()
+    lost = (2**-16 + 300 * 2**-24) * (g.abs() @ w.abs())
+    assert ((gradient - g @ w).abs() <= lost + 2**-8 * (g @ w).abs()).all()
+
+
+@pytest.mark.parametrize("dtype, calls", [(torch.bfloat16, 1), (torch.float32, 0)])
+def test_on_a_gpu_no_head_is_copied(monkeypatch, dtype, calls):
+    """On tensors without numbers. (An fp32 head needs no cast.)"""
+    product = mock.Mock(wraps=layers.product)
+    monkeypatch.setattr(layers, "product", product)
+    with FakeTensorMode():
+        states = torch.zeros(5, 64, dtype=dtype, device="cuda")
+        logits = layers.head(states, torch.zeros(300, 64, dtype=dtype, device="cuda"))
+    assert (logits.dtype, logits.shape) == (torch.float32, (5, 300))
+    assert product.call_count == calls
