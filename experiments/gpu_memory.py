@@ -1,11 +1,12 @@
-"""What fits a GPU: the memory of Qwen2.5-7B in rollouts and updates, computed without a GPU.
+"""What fits a GPU: the memory of Qwen2.5 in rollouts and updates, computed without a GPU.
 
   python -m experiments.gpu_memory
 
 The project's own code runs, with the shape of the model, on tensors that have a shape but no
 numbers (torch's FakeTensorMode); what is alive after each operation is added up. So the table
 follows the code. It does not see what a kernel allocates for itself, gaps between blocks, and what
-CUDA keeps: a tenth of the card is left for these.
+CUDA keeps: 0.6 GB and a tenth of the card are left for these. CARDS of engine/hardware.py is the
+last table.
 
 The policies with random weights and the episodes of random ids are also what gpu.py and speed.py
 work on. The episodes have the lengths of real ones: lengths.json has the tokens of observation and
@@ -31,7 +32,6 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import logging as transformers_logging
 
 from empo2 import Algorithm, accumulate_gradient
-from engine import hardware
 from engine.packing import pack
 from engine.plugins import ROOT
 from engine.weights import four_bit, new_adapter
@@ -39,9 +39,17 @@ from policy import Policy
 from rollout import Episode, Job, Turn, past
 from settings import Settings
 
-CARDS = (24, 32, 40, 48, 80, 141)  # GB
+CARDS = (6, 8, 12, 16, 24, 32, 40, 48, 80, 141)  # GB
+# For each number type the models, the best one first: (size, 4-bit).
+CANDIDATES = {
+    "bfloat16": (
+        *(("7B", False), ("7B", True), ("3B", False), ("3B", True)),
+        *(("1.5B", False), ("0.5B", False)),
+    ),
+    "float32": (("7B", False), ("3B", False), ("1.5B", False), ("0.5B", False)),
+}
 ROLLOUT_BATCHES = (16, 32, 64, 128)  # 128 episodes are an iteration
-MICRO_TOKENS = (4096, 6144, 8192, 16384, 32768)
+MICRO_TOKENS = (4096, 8192, 16384)
 STEERING = (torch.bool, torch.int32, torch.int64)
 ANY_TOKEN = 77  # no control token
 ACTION = 3  # tokens that are sampled
@@ -53,12 +61,18 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
          "num_key_value_heads", "vocab_size")  # fmt: skip
 
 
-def shape(*sizes):
-    """A Qwen2 configuration with these `SIZES`."""
-    return Qwen2Config(**dict(zip(SIZES, sizes, strict=True)), tie_word_embeddings=False)
+def shape(*sizes, tied=False):
+    """A Qwen2 configuration with these `SIZES`. tied: the output layer is the embedding."""
+    return Qwen2Config(**dict(zip(SIZES, sizes, strict=True)), tie_word_embeddings=tied)
 
 
 QWEN_7B = shape(3584, 18944, 28, 28, 4, 152064)
+QWEN = {
+    "7B": QWEN_7B,
+    "3B": shape(2048, 11008, 36, 16, 2, 151936, tied=True),
+    "1.5B": shape(1536, 8960, 28, 12, 2, 151936, tied=True),
+    "0.5B": shape(896, 4864, 24, 14, 2, 151936, tied=True),
+}
 TINY = shape(64, 128, 2, 4, 2, 2000)
 
 
@@ -68,6 +82,7 @@ def skeleton(config, load_in_4bit=False, dtype=torch.bfloat16):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if load_in_4bit:
             model = replace_with_bnb_linear(model, ["lm_head"], four_bit(dtype))
+            model.is_loaded_in_4bit = True  # else peft takes its layers for plain ones
         model.requires_grad_(False)
         return new_adapter(model, 16, 32, 0)
 
@@ -87,6 +102,7 @@ def fill(model, device="cpu", gradient_checkpointing=True):
     base = model.get_base_model()
     rotary = type(base.model.rotary_emb)
     base.model.rotary_emb = rotary(base.config).to(device)
+    base.tie_weights()
     if gradient_checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -302,34 +318,33 @@ def longest_rows(policy, micro_tokens, context):
     return rows, context + max(0, micro_tokens // rows - longest)
 
 
-def all_peaks(policy, memory, contexts):
-    """Bytes: {("weights",): ..., ("update", tokens): ..., ("prefill", dialogues, context): ...}."""
+def all_peaks(policy, memory, context):
+    """Bytes: {("weights",): ..., ("update", tokens): ..., ("prefill", dialogues): ..., ...}."""
     peaks = {("weights",): memory.live}
     optimizer = torch.optim.AdamW(policy.trainable())
-    update_peak(policy, optimizer, memory, 1, contexts[0])  # gradients and moments stay
+    update_peak(policy, optimizer, memory, 1, TYPICAL)  # gradients and moments stay
     peaks["with gradients and moments",] = memory.live
     for tokens in MICRO_TOKENS:
-        rows, context = longest_rows(policy, tokens, contexts[-1])
-        peaks["update", tokens] = update_peak(policy, optimizer, memory, rows, context)
+        rows, longest = longest_rows(policy, tokens, context)
+        peaks["update", tokens] = update_peak(policy, optimizer, memory, rows, longest)
     for dialogues in ROLLOUT_BATCHES:
-        for context in contexts:
-            for piece, peak in rollout_peaks(policy, memory, dialogues, context).items():
-                peaks[piece, dialogues, context] = peak
+        for piece, peak in rollout_peaks(policy, memory, dialogues, context).items():
+            peaks[piece, dialogues] = peak
     return peaks
 
 
-def what_fits(peaks, card, contexts):
-    """[dialogues of each length in `contexts`, ..., tokens of a micro-batch], None if nothing fits.
+def what_fits(peaks, card):
+    """(dialogues, tokens of a micro-batch), the most that fit a card of so many GB; None: nothing.
 
-    The most that leave a tenth of the card (its GB) free.
+    0.6 GB and a tenth of the card stay free.
     """
-    fitting = {piece for piece, peak in peaks.items() if peak <= 0.9 * card * 1e9}
-    most = []
-    for context in contexts:
-        decoded = {piece[1:] for piece in fitting if piece[0] == "decode"}
-        read = {piece[1:] for piece in fitting if piece[0] == "prefill" and piece[2] == context}
-        most.append(max((dialogues for dialogues, _ in read & decoded), default=None))
-    return [*most, max((piece[1] for piece in fitting if piece[0] == "update"), default=None)]
+    room = (0.9 * card - 0.6) * 1e9
+    fits = {
+        piece: {sizes[0] for name, *sizes in peaks if name == piece and peaks[name, *sizes] <= room}
+        for piece in ("prefill", "decode", "update")
+    }
+    dialogues = max(fits["prefill"] & fits["decode"], default=None)
+    return dialogues, max(fits["update"], default=None)
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -340,25 +355,26 @@ def main():
     )
     parser.parse_args()
     transformers_logging.set_verbosity_error()
-    contexts = TYPICAL, Settings().context
-    computed = {}
-    print(f"torch {torch.__version__}\n\n| weights | peak of | tokens | GB |\n|---|---|---|---|")
-    for weights, load_in_4bit in (("NF4", True), ("bf16", False)):
-        model = skeleton(QWEN_7B, load_in_4bit)
-        with imagined() as memory:
-            computed[weights] = all_peaks(fill(model), memory, contexts)
-        for (name, *tokens), peak in computed[weights].items():
-            tokens = " x ".join(f"{count:,}" for count in tokens)
-            print(f"| {weights} | {name} | {tokens} | {peak / 1e9:.1f} |")
-    typical, worst = contexts
-    most = f"dialogues of {typical:,} | of {worst:,} | micro-tokens"
-    print(f"\n| card | weights | {most} | default --rollout-batch | --micro-tokens |")
-    print("|---|---|---|---|---|---|---|")
-    for weights, peaks in computed.items():
+    print(f"torch {torch.__version__}\n")
+    print("| model | peak of | dialogues or tokens | GB |\n|---|---|---|---|")
+    chosen = []
+    for dtype, candidates in CANDIDATES.items():
+        computed = {}
+        for size, load_in_4bit in candidates:
+            model = skeleton(QWEN[size], load_in_4bit, getattr(torch, dtype))
+            with imagined() as memory:
+                peaks = all_peaks(fill(model), memory, Settings().context)
+            name = f"{size} {'NF4' if load_in_4bit else dtype}"
+            computed[name] = peaks
+            for (piece, *tokens), peak in peaks.items():
+                print(f"| {name} | {piece} |", *tokens, f"| {peak / 1e9:.1f} |", flush=True)
         for card in CARDS:
-            default = next(values for limit, *values in hardware.CARDS if card < limit)
-            cells = (f"{card} GB", weights, *what_fits(peaks, card, contexts), *default)
-            print("|", *(f"{cell or '-'} |" for cell in cells))
+            fits = ((name, *what_fits(peaks, card)) for name, peaks in computed.items())
+            best = next((row for row in fits if None not in row), ("nothing",))
+            chosen.append((f"{card} GB, {dtype}", *best))
+    print("\n| card | model | dialogues | micro-tokens |\n|---|---|---|---|")
+    for row in chosen:
+        print("|", *(f"{cell} |" for cell in row))
 
 
 if __name__ == "__main__":

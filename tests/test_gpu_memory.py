@@ -1,6 +1,7 @@
 """The computed memory is what a run on real tensors takes."""
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -51,6 +52,8 @@ def peaks(policy, memory):
 @pytest.mark.parametrize("load_in_4bit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_computed_peaks_are_the_allocators(load_in_4bit):
     model = skeleton(SHAPE, load_in_4bit, torch.float32)
+    kind = type(model.get_base_model().model.layers[0].mlp.up_proj)
+    assert kind is (peft.tuners.lora.Linear4bit if load_in_4bit else peft.tuners.lora.Linear)
     measured = peaks(fill(model), Allocated())
     model = skeleton(SHAPE, load_in_4bit, torch.float32)
     with gpu_memory.imagined() as memory:
@@ -64,9 +67,9 @@ def test_computed_peaks_are_the_allocators(load_in_4bit):
 def test_bigger_things_do_not_fit_smaller_cards():
     peaks = {("weights",): 5e9, ("update", 1000): 8e9, ("update", 2000): 20e9}
     for dialogues, peak in ((2, 10e9), (4, 30e9)):
-        peaks["prefill", dialogues, 700] = peak
-        peaks["decode", dialogues, 700] = 1e9
-    peaks["prefill", 4, 900] = peaks["decode", 2, 900] = 1e9
-    assert gpu_memory.what_fits(peaks, 12, [700]) == [2, 1000]
-    assert gpu_memory.what_fits(peaks, 11, [700]) == [None, 1000]  # a tenth is left free
-    assert gpu_memory.what_fits(peaks, 80, [700, 900]) == [4, None, 2000]
+        peaks["prefill", dialogues] = peak
+        peaks["decode", dialogues] = 1e9
+    peaks["prefill", 8] = peaks["decode", 16] = 1e9
+    assert gpu_memory.what_fits(peaks, 11.8) == (2, 1000)
+    assert gpu_memory.what_fits(peaks, 11.7) == (None, 1000)  # 0.6 GB and a tenth are left free
+    assert gpu_memory.what_fits(peaks, 80) == (4, 2000)
