@@ -151,6 +151,7 @@ def test_all_pieces_are_measured_and_none_computes_more_than_is_needed():
     assert all("seconds" in piece and piece["floor"] > 0 for piece in found.values())
     for name in ("prefill", "pre-pass", "update"):
         assert found[name]["computed"] == found[name]["needed"]
+    assert found["pre-pass"]["needed"] == 7 / 8 * found["update"]["needed"]  # of 8 steps
     *_, total = gpu.table({"weights": {"float32": found}})
     seconds = sum(piece["seconds"] for piece in found.values())
     assert total.startswith(f"| float32 | all, without the environment | {seconds:.3g} |")
@@ -188,7 +189,8 @@ def test_time_of_an_operation(dtype, operation, seconds):
 def test_each_further_layer_costs_what_the_second_does(monkeypatch, capsys):
     for name in ("prefill", "decode", "tips"):  # they take longer
         monkeypatch.setattr(gpu.Bench, name, lambda bench: {"seconds": 1.0, "floor": 1.0})
-    scale = dataclasses.replace(ALONE, config=gpu_memory.shape(64, 128, 3, 4, 2, 2000))
+    config = gpu_memory.shape(64, 128, 3, 4, 2, 2000)
+    scale = dataclasses.replace(ALONE, config=config, context=400)
     direct = gpu.computed(SLOW, scale, 3)
     for name, result in gpu.estimate(SLOW, scale).items():
         assert result["seconds"] == pytest.approx(gpu_memory.EPISODES * direct[name]["seconds"])
