@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -184,6 +185,19 @@ def test_time_of_an_operation(dtype, operation, seconds):
     with gpu_memory.imagined(), Cost(SLOW) as cost:
         a, b = torch.randn(8, 16, dtype=dtype), torch.randn(16, 4, dtype=dtype)
         assert cost.time(lambda: operation(a, b)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "rows, wide, unpacked", [(4, 64, 0), (5, 64, 1), (5, 512, 0), (129, 512, 1)]
+)
+def test_4bit_weights_are_unpacked_unless_few_rows_or_wide(rows, wide, unpacked):
+    with gpu_memory.imagined(), Cost(SLOW._replace(bf16=1.0)) as cost:
+        weight = torch.randn(wide, 64, dtype=torch.bfloat16)
+        weight, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+        x = torch.randn(rows, 64, dtype=torch.bfloat16)
+        packed = 64 * wide / 2 + 4 * wide + 2 * rows * (64 + wide)  # with a scale for 64 weights
+        seconds = cost.time(lambda: bitsandbytes.matmul_4bit(x, weight, quant_state=state))
+        assert seconds == pytest.approx(packed + unpacked * 2 * 2 * 64 * wide)
 
 
 def test_each_further_layer_costs_what_the_second_does(monkeypatch, capsys):
