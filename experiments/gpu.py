@@ -1,6 +1,7 @@
 """Where the time of an iteration goes on a GPU.
 
   python -m experiments.gpu
+  python -m experiments.gpu --estimate H100
 
 Weights of Qwen2.5-7B's shape are drawn at random on the GPU, in bf16 and then in NF4; nothing is
 downloaded. The lengths are those of dialogues recorded in ScienceWorld (gpu_memory.py). A few turns
@@ -20,18 +21,26 @@ and of the update (16,384 tokens) can be held against what gpu_memory.py compute
 of each token needed, or reading weights, keys and values once a step. Without a GPU a tiny model is
 measured, which shows that the program runs. Every piece is written to gpu.json when it is done, so
 Ctrl-C loses none.
+
+--estimate measures nothing and needs no GPU: the same pieces run on tensors that have a shape but
+no numbers, and each operation that the code issues is given a time (gpu_estimate.py). Models of one
+layer and of two are computed; each further layer costs what the second does.
 """
 
 import argparse
+import copy
+import dataclasses
 import gc
 import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
@@ -42,6 +51,7 @@ from engine.hardware import find_device
 from engine.packing import micro_batches, pack, shared_length
 from engine.runs import write_json
 from experiments import gpu_memory
+from experiments.gpu_estimate import CARDS, Cost
 from settings import Settings
 
 TIP_REQUEST = 80  # tokens: the last observation and the request
@@ -96,8 +106,9 @@ def peak_rates(device, scale):
 class Bench:
     """A policy, episodes as long as recorded ones, and what their turns cost."""
 
-    def __init__(self, policy, scale, rates):
+    def __init__(self, policy, scale, rates, seconds=seconds):
         self.policy = policy
+        self.seconds = seconds
         self.scale = scale
         self.rates = rates
         rng = np.random.default_rng(0)
@@ -160,6 +171,16 @@ class Bench:
         return (self.weight_bytes + dialogues * context * self.cache_bytes) / self.rates["bytes"]
 
     # --- Pieces: each returns a dict that goes to the JSON ---
+    def pieces(self):
+        """{name: what measures it}."""
+        return {
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "tips": self.tips,
+            "pre-pass": partial(self.learn, with_gradient=False),
+            "update": partial(self.learn, with_gradient=True),
+        }
+
     def prefill(self):
         """Reading what is new at each turn."""
         self.begin()
@@ -172,7 +193,7 @@ class Bench:
             computed.append(self.computed)
             shared = map(shared_length, held, prompts)
             needed.append(sum(map(len, prompts)) - sum(shared))
-            times.append(seconds(partial(self.sample, prompts, 1), partial(self.hold, held)))
+            times.append(self.seconds(partial(self.sample, prompts, 1), partial(self.hold, held)))
         needed = self.all_turns(needed)
         return {
             "seconds": self.all_turns(times),
@@ -198,15 +219,15 @@ class Bench:
         """Seconds of a step of sampling."""
         n = self.scale.sampled
         prepare = partial(self.hold, prompts)
-        long = seconds(partial(self.sample, prompts, n + 1), prepare)
-        return (long - seconds(partial(self.sample, prompts, 1), prepare)) / n
+        long = self.seconds(partial(self.sample, prompts, n + 1), prepare)
+        return (long - self.seconds(partial(self.sample, prompts, 1), prepare)) / n
 
     def tips(self, record=None):
         """Summing up all episodes."""
         self.begin(record)
         held = [e.prompt(-1, e.turns[-1].shown_ids) + e.turns[-1].action_ids for e in self.episodes]
         prompts = [ids + self.request for ids in held]
-        reading = seconds(partial(self.sample, prompts, 1), partial(self.hold, held))
+        reading = self.seconds(partial(self.sample, prompts, 1), partial(self.hold, held))
         context = statistics.mean(map(len, prompts))
         floor = self.flops_floor(len(prompts) * len(self.request))
         floor += TIP * self.step_floor(len(prompts), context)
@@ -225,12 +246,15 @@ class Bench:
         run = partial(score_rows, self.policy, batch, s)
         if with_gradient:
             run = partial(accumulate_gradient, self.policy, batch, Algorithm(s), 1)
-        one = seconds(run)
-        needed = sum(len(row.ids) for row in rows)
+        one = self.seconds(run)
+        # The old log-probs of the first step are that step's own.
+        share = 1 if with_gradient else 1 - s.minibatch_episodes / gpu_memory.EPISODES
+        needed = share * sum(len(row.ids) for row in rows)
+        computed = share * sum(sizes)
         return {
-            "seconds": one * sum(sizes) / max(sizes),
+            "seconds": one * computed / max(sizes),
             "needed": needed,
-            "computed": sum(sizes),
+            "computed": computed,
             "floor": self.flops_floor(needed, 3 if with_gradient else 1),
         }
 
@@ -245,13 +269,11 @@ def measure(scale, load_in_4bit, device, rates, note):
     torch.manual_seed(0)
     model = gpu_memory.skeleton(scale.config, load_in_4bit, scale.dtype)
     bench = Bench(gpu_memory.fill(model, device), scale, rates)
-    pieces = {"prefill": bench.prefill, "decode": bench.decode, "tips": bench.tips}
+    pieces = bench.pieces()
     on_gpu = bench.policy.device.type == "cuda"
     if on_gpu:
         pieces["decode, graphs"] = partial(bench.decode, CudaGraphs())
         pieces["tips, graphs"] = partial(bench.tips, CudaGraphs())
-    pieces["pre-pass"] = partial(bench.learn, with_gradient=False)
-    pieces["update"] = partial(bench.learn, with_gradient=True)
     for name, piece in pieces.items():
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -263,6 +285,36 @@ def measure(scale, load_in_4bit, device, rates, note):
             result["GB"] = torch.cuda.max_memory_allocated() / 1e9
         note(name, result)
     bench.close()
+
+
+def estimate(card, scale):
+    """The same pieces as `measure`, computed for a `Card`: {name: result}."""
+    scale = dataclasses.replace(scale, dialogues=card.dialogues, sampled=1)
+    one, two = (computed(card, scale, layers) for layers in (1, 2))
+    for name, result in one.items():
+        for key, value in result.items():
+            whole = value + (scale.config.num_hidden_layers - 1) * (two[name][key] - value)
+            result[key] = whole * gpu_memory.EPISODES / card.dialogues
+    for name in ("decode", "tips"):
+        one[name]["seconds"] = max(one[name]["seconds"], one[f"{name}, graphs"]["seconds"])
+    return one
+
+
+def computed(card, scale, layers):
+    """{name: result} with so many layers; those of decode and tips: Python launches the kernels."""
+    rates = {"flops": 1e12 * card.bf16, "bytes": 1e12 * card.bandwidth}
+    config = copy.copy(scale.config)
+    config.num_hidden_layers = layers
+    model = gpu_memory.skeleton(config, card.load_in_4bit, scale.dtype)
+    # The code is to do what it does on a GPU.
+    with patch.object(FakeTensor, "is_cuda", True), gpu_memory.imagined(), Cost(card) as cost:
+        bench = Bench(gpu_memory.fill(model), scale, rates, cost.time)
+        results = {name: piece() for name, piece in bench.pieces().items()}
+        bench.seconds = partial(cost.time, launched=True)
+        for name, piece in (("decode", bench.decode), ("tips", bench.tips)):
+            results[f"{name}, graphs"] = results[name]
+            results[name] = piece()
+    return results
 
 
 def table(results):
@@ -285,13 +337,37 @@ def table(results):
     return lines
 
 
+def print_estimate(name, rates):
+    """What an iteration would cost on this card. rates: other ones than `CARDS` has, or None."""
+    card = CARDS[name]
+    if rates:
+        card = card._replace(**dict(zip(("bandwidth", "bf16", "fp32"), rates)))
+    transformers_logging.set_verbosity_error()
+    weights = "NF4" if card.load_in_4bit else "bf16"
+    print(
+        f"An estimate for one iteration on {name} ({card.bandwidth} TB/s, {card.bf16} TFLOP/s in "
+        f"bf16, {card.fp32} in fp32), {card.dialogues} dialogues side by side; nothing is measured."
+    )
+    print("", *table({"weights": {weights: estimate(card, GPU)}}), sep="\n")
+
+
 def main(argv=None):
     """Measure, write gpu.json, print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="file to write")
+    parser.add_argument("--estimate", choices=CARDS, help="measure nothing, but compute")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs=3,
+        metavar=("BANDWIDTH", "BF16", "FP32"),
+        help="of the estimate, in TB/s and TFLOP/s",
+    )
     args = parser.parse_args(argv)
+    if args.estimate:
+        return print_estimate(args.estimate, args.rates)
     if args.out.exists():
         parser.error(f"{args.out} exists; give another --out")
     transformers_logging.set_verbosity_error()

@@ -49,7 +49,8 @@ CANDIDATES = {
     ),
     "float32": (("7B", False), ("3B", False), ("1.5B", False), ("0.5B", False)),
 }
-ROLLOUT_BATCHES = (16, 32, 64, 128)  # 128 episodes are an iteration
+EPISODES = 128  # of an iteration
+ROLLOUT_BATCHES = (16, 32, 64, EPISODES)
 MICRO_TOKENS = (4096, 8192, 16384)
 STEERING = (torch.bool, torch.int32, torch.int64)
 ANY_TOKEN = 77  # no control token
