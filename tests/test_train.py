@@ -277,8 +277,9 @@ def test_without_fcntl_it_is_one_line(monkeypatch):
 def test_a_preset_differs_in_what_it_names(name):
     plain = vars(arguments.parse([])[0])
     ours = vars(arguments.parse(["--preset", name])[0])
-    gigpo = {"step_weight": 1.0, "discount": 0.95} if "gigpo" in name else {}
-    assert ours == {**plain, **PRESETS[name], **gigpo, "preset": name}
+    own = {"step_weight": 1.0, "discount": 0.95} if "gigpo" in name else {}
+    own = {"mode_weight": 1.0} if "modes" in name else own
+    assert ours == {**plain, **PRESETS[name], **own, "preset": name}
 
 
 def test_flags_go_before_the_preset_and_that_before_the_file(tmp_path):
@@ -360,7 +361,7 @@ def test_the_first_minutes(tmp_path):
     assert (without, int(tips)) == (f"{metrics['score_without_memory']:.1f}", 0)
     what, before_after, picture, *_ = done.stdout.splitlines()
     run_dir = tmp_path / "r"
-    assert what == f"house: radio, fan; standin; empo2, seed 0; no GPU; in {run_dir}"
+    assert what == f"house: radio, fan; standin/house; empo2, seed 0; no GPU; in {run_dir}"
     assert "->" in before_after and "not to be compared" in before_after
     assert picture == f"picture: {run_dir / 'curve.png'}"
     assert (run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -490,10 +491,8 @@ def test_the_picture_is_whole_after_ctrl_c_and_a_resume(tmp_path, monkeypatch, c
     capsys.readouterr()
     assert start(tmp_path, "--resume", "--verbose") == 0
     said = capsys.readouterr().out.splitlines()[0]
-    assert (
-        said
-        == f"house: radio, fan; standin; empo2, seed 0; no GPU; from iteration 1; in {tmp_path}"
-    )
+    what = "house: radio, fan; standin/house; empo2, seed 0; no GPU"
+    assert said == f"{what}; from iteration 1; in {tmp_path}"
     assert len(figures) == 4, "evaluation, stop, evaluation, end"
     curves = [[line.get_xydata().T.tolist() for p in f.axes for line in p.lines] for f in figures]
     assert [len(evals[0]) for evals, *_ in curves] == [1, 1, 2, 3]
@@ -506,7 +505,7 @@ def test_the_picture_is_whole_after_ctrl_c_and_a_resume(tmp_path, monkeypatch, c
     tips = [curve(metrics, f"score_{kind}_memory") for kind in ("with", "without")]
     assert curves[-1][:3] == [curve(evals, "score"), *tips] and tips[0][0]
     assert curves[-1][-1] == curve(evals, "success")
-    assert figures[-1].get_suptitle() == "house: radio, fan; standin; empo2, seed 0"
+    assert figures[-1].get_suptitle() == "house: radio, fan; standin/house; empo2, seed 0"
     assert figures[0].axes[0].get_xlim()[1] > 3, "how much is to come is seen"
 
 
@@ -543,7 +542,7 @@ def test_runs_in_one_picture(finished, tmp_path, monkeypatch, capsys):
         assert f"| {cell} " in row
     texts = [text.get_text() for text in figures[0].legends[0].texts]
     assert texts == [*tables.STYLES, "empo2, seed 0", "grpo, seed 0"]
-    assert figures[0].get_suptitle() == "house: radio, fan; standin"
+    assert figures[0].get_suptitle() == "house: radio, fan; standin/house"
     out.write_bytes(b"a photograph")
     for said, *bad in (
         (f"{out} exists, another picture", *argv),
