@@ -1,5 +1,7 @@
 """EMPO² training: `python train.py --env scienceworld`. `iterate` is one iteration of Algorithm 1.
 
+Without a GPU that command shows the method with a small stand-in (configs/stages.yaml) in minutes.
+
 A run leaves in its directory (default runs/ENV-TASK-SEED, with algorithm and preset if given):
   settings.json     every setting, with the defaults that the hardware decided
   metrics.jsonl     one line per iteration (docs/metrics.md)
