@@ -287,7 +287,7 @@ def load_policy(s, adapter=None):
     """
     name = s.model
     if name.startswith("standin/"):
-        torch.set_num_threads(1)  # as fast for so small a model, and the same sums everywhere
+        torch.set_num_threads(1)  # the same sums, whatever the number of cores
         name = name if os.path.isdir(name) else str(ROOT / name)  # shipped beside the code
     elif name.startswith("smollm2"):
         from standin import smollm2  # it needs this module

@@ -17,7 +17,7 @@ what is better and what is worse with tips. docs/mixed_groups.md has the measure
  1. An episode had tips if any of its turns was shown some. With `mode_level="turn"` those are
     nearly all of a group, and the two terms are nearly the same.
  2. Episodes without tips have no second term: among themselves they are GRPO's group, with its
-    trap. (Tried: with it fewer seeds had learnt the task by iteration 36.)
+    trap. (Tried: docs/mixed_groups.md.)
 """
 
 from dataclasses import dataclass
