@@ -27,6 +27,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engine import layers, weights
+from engine.activations import Checkpointing
 from engine.cache import DialogueCache
 from engine.chat import END_OF_THOUGHT, chat_format
 from engine.decode import CudaGraphs, decode
@@ -45,10 +46,12 @@ class Policy:
     `past_header` those of a turn that is over; `drops_thoughts` whether the template drops the
     thoughts of such turns; `stop_ids` every control token (each ends an action); `max_positions`
     the longest sequence the model was built for; `base_checksum` tells base models apart; `record`
-    what records a step of sampling, or None (decode.py).
+    what records a step of sampling, or None (decode.py); `checkpointing` which layers compute their
+    activations twice in an update, or None.
     """
 
     record = None
+    checkpointing = None
 
     def __init__(self, model, tokenizer, base_checksum=""):
         self.model = model
@@ -71,7 +74,7 @@ class Policy:
         device="cpu",
         dtype="float32",
         load_in_4bit=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=None,
         decode_graph=False,
         lora_r=16,
         lora_alpha=32,
@@ -81,7 +84,8 @@ class Policy:
 
         adapter: a folder to read the LoRA weights from. dtype: of the frozen weights; with bfloat16
         the layers compute in it, too (autocast). load_in_4bit: NF4 weights; what is computed is of
-        `dtype`. gradient_checkpointing: in updates, activations are computed twice, not kept.
+        `dtype`. gradient_checkpointing: in updates, activations are computed twice, not kept; None:
+        on a GPU, in as many layers as its memory needs.
         decode_graph: record the steps of sampling as CUDA graphs.
         The adapter is always fp32: at learning rates of 1e-5 a bf16 weight would not move.
         Raises ValueError with one line that says what to do.
@@ -96,15 +100,18 @@ class Policy:
             model = weights.new_adapter(model, lora_r, lora_alpha, seed)
         # What the saved adapter names as its base, also if that was an adapter or has moved.
         model.peft_config["default"].base_model_name_or_path = name
-        if gradient_checkpointing:
-            options = {"use_reentrant": False}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         policy = cls(model, tokenizer, checksum)
         weights.check_attention(policy)  # against peft's own layers
         layers.fuse(model)
+        policy.choose_checkpointing(gradient_checkpointing)
         if decode_graph:
             policy.record = CudaGraphs()
         return policy
+
+    def choose_checkpointing(self, asked):
+        """asked: as gradient_checkpointing of `load`."""
+        if asked or (asked is None and self.device.type == "cuda"):
+            self.checkpointing = Checkpointing(self.model, always=bool(asked))
 
     # --- Text to segments ---
     def control(self, text):
@@ -213,6 +220,8 @@ class Policy:
         # Padding on the right needs no mask: causal attention never looks at it.
         attention_mask = None if visible is None else visible[:, None]
         with self.autocast(), adapter:
+            if self.checkpointing and torch.is_grad_enabled():
+                self.checkpointing.plan(ids.numel())
             hidden = base.model(
                 input_ids=ids,
                 position_ids=positions,

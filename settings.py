@@ -48,7 +48,9 @@ class Settings:
         None, "number type [bfloat16 on a GPU that has it, else float32]"
     )
     load_in_4bit: bool | None = switch("4-bit (NF4) frozen weights [by the card's memory]")
-    gradient_checkpointing: bool | None = switch("save memory: recompute activations [on a GPU]")
+    gradient_checkpointing: bool | None = switch(
+        "compute activations twice in updates [on a GPU in as many layers as its memory needs]"
+    )
     decode_graph: bool | None = switch("sample with CUDA graphs [false]")
     lora_r: int = setting(16, "rank of the adapter")
     lora_alpha: int = setting(32, "the adapter's scale is alpha / rank")

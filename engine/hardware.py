@@ -88,7 +88,6 @@ CHOICES = {
     "micro_tokens": (None, None, 16384, "little memory is needed"),
     "dtype": (None, None, "float32", "exact"),
     "load_in_4bit": (None, None, False, "slower"),
-    "gradient_checkpointing": (True, "slower, but activations would not fit", False, "slower"),
     "decode_graph": (False, "true should be faster; never run on a GPU", False, "it needs a GPU"),
     "variations": (5, "the authors'", 2, "few enough to meet their tips again"),
     "eval_every": (0, "evaluations take time", None, "before the first and after the last one"),

@@ -3,7 +3,7 @@
 Infrastructure: skip it on a first reading.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from peft.tuners import lora
@@ -30,7 +30,7 @@ class FusedAdapter:
             del layer.forward
 
 
-class FusedLinear(lora.Linear):
+class Fused:
     """The same product for training, so that sampling and training round alike.
 
     peft's own casts x to fp32 for the adapter, and autocast casts it back. Nothing is kept between
@@ -40,14 +40,25 @@ class FusedLinear(lora.Linear):
     def forward(self, x):
         if self.disable_adapters:
             return self.base_layer(x)
-        return fused(self.base_layer, *cast(self, self.base_layer.weight.dtype), x)
+        return fused(self.base_layer, *cast(self, computed_in(self.base_layer)), x)
 
 
 def fuse(model, dtype=torch.bfloat16):
-    """Make each LoRA layer of bf16 weights a `FusedLinear`: those of others have no such casts."""
+    """Let each LoRA layer that computes in bf16 be `Fused`: others have no such casts."""
     for layer in model.modules():
-        if isinstance(layer, lora.LoraLayer) and layer.base_layer.weight.dtype == dtype:
-            layer.__class__ = FusedLinear
+        if isinstance(layer, lora.LoraLayer) and computed_in(layer.base_layer) == dtype:
+            layer.__class__ = fused_class(layer.__class__)
+
+
+@cache
+def fused_class(kind):
+    """A `Fused` subclass of one of peft's layers."""
+    return type(f"Fused{kind.__name__}", (Fused, kind), {})
+
+
+def computed_in(linear):
+    """What a linear layer computes in: of a 4-bit one it is not the type of its weights."""
+    return getattr(linear, "compute_dtype", linear.weight.dtype)
 
 
 def cast(layer, dtype):

@@ -15,12 +15,16 @@ them: turns linearly in between, the update by its padded tokens.
   pre-pass, update  old log-probs, and the steps
 
 gpu.json also has the peak of each piece in GB: that of decode (128 dialogues of about 2,000 tokens)
-and of the update (16,384 tokens) can be held against what gpu_memory.py computes.
+and of the update (8,192 tokens) can be held against what gpu_memory.py computes.
 
 `floor` is what the necessary work takes at the peak rates measured in the same run: matrix products
 of each token needed, or reading weights, keys and values once a step. Without a GPU a tiny model is
 measured, which shows that the program runs. Every piece is written to gpu.json when it is done, so
 Ctrl-C loses none.
+
+Before the pieces come checks (gpu_checks.py), the most important ones first: do sampling and
+learning agree; do graphs sample the same tokens; are they faster; what takes the time; does it pay
+to keep activations; what do 32 long dialogues take.
 
 --estimate measures nothing and needs no GPU: the same pieces run on tensors that have a shape but
 no numbers, and each operation that the code issues is given a time (gpu_estimate.py). Models of one
@@ -40,17 +44,18 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 from empo2 import Algorithm, accumulate_gradient, score_rows
+from engine import activations
+from engine.activations import how_many_keep
 from engine.decode import CudaGraphs
 from engine.errors import first_line
 from engine.hardware import find_device
 from engine.packing import micro_batches, pack, shared_length
 from engine.runs import write_json
-from experiments import gpu_memory
+from experiments import gpu_checks, gpu_memory
 from experiments.gpu_estimate import CARDS, Cost
 from settings import Settings
 
@@ -72,7 +77,7 @@ class Scale:
     context: int | None = None  # tokens of a dialogue, about; None = as recorded
 
 
-GPU = Scale(gpu_memory.QWEN_7B, torch.bfloat16, 128, (0, 7, 15, 22, 29), 16, 16384, 8192)
+GPU = Scale(gpu_memory.QWEN_7B, torch.bfloat16, 128, (0, 7, 15, 22, 29), 16, 8192, 8192)
 CPU = Scale(gpu_memory.TINY, torch.float32, 3, (0, 4), 3, 4096, 256)
 
 
@@ -119,6 +124,7 @@ class Bench:
         self.request = gpu_memory.message(policy, rng, "user", TIP_REQUEST) + policy.header
         self.settings = Settings(micro_tokens=scale.micro_tokens)
         self.computed = 0  # tokens that went through the model
+        self.padded = 0  # tokens of the measured micro-batch
         base = policy.model.get_base_model()
         self.hook = base.model.register_forward_pre_hook(self.count, with_kwargs=True)
         layers = base.model.layers
@@ -171,6 +177,24 @@ class Bench:
         return (self.weight_bytes + dialogues * context * self.cache_bytes) / self.rates["bytes"]
 
     # --- Pieces: each returns a dict that goes to the JSON ---
+    def checks(self, on_gpu):
+        """{name: what answers a question}, the most important one first."""
+        _, prompts = self.turn(self.turns - 1)
+        step = partial(self.sample, prompts, 2)
+        row = pack(gpu_memory.learnt_pairs(self.episodes[0], self.settings))
+        learn = partial(accumulate_gradient, self.policy, [row], Algorithm(self.settings), 1)
+        checks = {"sampler gap": partial(gpu_checks.gap_and_gradient, self)}
+        if on_gpu:
+            checks["graphs"] = partial(gpu_checks.with_and_without_graphs, self, CudaGraphs())
+            checks["decode, graphs"] = partial(self.decode, CudaGraphs())
+        checks["decode"] = self.decode
+        checks["step, top"] = partial(gpu_checks.top_kernels, self, step)
+        checks["micro-batch, top"] = partial(gpu_checks.top_kernels, self, learn)
+        if on_gpu:
+            checks["checkpointing"] = partial(gpu_checks.computing_twice, self)
+            checks["32 dialogues"] = partial(gpu_checks.crowd, self)
+        return checks
+
     def pieces(self):
         """{name: what measures it}."""
         return {
@@ -242,6 +266,7 @@ class Bench:
             batches += micro_batches(rows[first : first + s.minibatch_episodes], s.micro_tokens)
         sizes = [len(batch) * max(len(row.ids) for row in batch) for batch in batches]
         batch = batches[int(np.argmax(sizes))]
+        self.padded = max(sizes)
         self.begin()
         run = partial(score_rows, self.policy, batch, s)
         if with_gradient:
@@ -252,10 +277,10 @@ class Bench:
         needed = share * sum(len(row.ids) for row in rows)
         computed = share * sum(sizes)
         return {
-            "seconds": one * computed / max(sizes),
+            "seconds": one * computed / self.padded,
             "needed": needed,
             "computed": computed,
-            "floor": self.flops_floor(needed, 3 if with_gradient else 1),
+            "floor": self.flops_floor(needed, 2 if with_gradient else 1),
         }
 
     def all_turns(self, values):
@@ -268,11 +293,11 @@ def measure(scale, load_in_4bit, device, rates, note):
     """All pieces with one kind of weights; note(name, result) is told each when it is done."""
     torch.manual_seed(0)
     model = gpu_memory.skeleton(scale.config, load_in_4bit, scale.dtype)
-    bench = Bench(gpu_memory.fill(model, device), scale, rates)
-    pieces = bench.pieces()
+    policy = gpu_memory.fill(model, device, gradient_checkpointing=None)
+    bench = Bench(policy, scale, rates)
     on_gpu = bench.policy.device.type == "cuda"
+    pieces = bench.checks(on_gpu) | bench.pieces()
     if on_gpu:
-        pieces["decode, graphs"] = partial(bench.decode, CudaGraphs())
         pieces["tips, graphs"] = partial(bench.tips, CudaGraphs())
     for name, piece in pieces.items():
         if on_gpu:
@@ -289,12 +314,23 @@ def measure(scale, load_in_4bit, device, rates, note):
 
 def estimate(card, scale):
     """The same pieces as `measure`, computed for a `Card`: {name: result}."""
-    scale = dataclasses.replace(scale, dialogues=card.dialogues, sampled=1)
+    scale = dataclasses.replace(
+        scale, dialogues=card.dialogues, sampled=1, micro_tokens=card.micro_tokens
+    )
     one, two = (computed(card, scale, layers) for layers in (1, 2))
+    layers = scale.config.num_hidden_layers
     for name, result in one.items():
         for key, value in result.items():
-            whole = value + (scale.config.num_hidden_layers - 1) * (two[name][key] - value)
-            result[key] = whole * gpu_memory.EPISODES / card.dialogues
+            result[key] = value + (layers - 1) * (two[name][key] - value)
+    memory = one.pop("memory")
+    # CUDA keeps 0.6 GB.
+    keeping = how_many_keep(1e9 * (card.gigabytes - 0.6) - memory["held"], memory["of_layer"])
+    kept = min(1.0, max(0.0, keeping / layers))
+    without = one.pop("update, all kept")["seconds"]
+    one["update"]["seconds"] += kept * (without - one["update"]["seconds"])
+    for result in one.values():
+        for key in result:
+            result[key] *= gpu_memory.EPISODES / card.dialogues
     for name in ("decode", "tips"):
         one[name]["seconds"] = max(one[name]["seconds"], one[f"{name}, graphs"]["seconds"])
     return one
@@ -306,15 +342,21 @@ def computed(card, scale, layers):
     config = copy.copy(scale.config)
     config.num_hidden_layers = layers
     model = gpu_memory.skeleton(config, card.load_in_4bit, scale.dtype)
-    # The code is to do what it does on a GPU.
-    with patch.object(FakeTensor, "is_cuda", True), gpu_memory.imagined(), Cost(card) as cost:
-        bench = Bench(gpu_memory.fill(model), scale, rates, cost.time)
-        results = {name: piece() for name, piece in bench.pieces().items()}
-        bench.seconds = partial(cost.time, launched=True)
-        for name, piece in (("decode", bench.decode), ("tips", bench.tips)):
-            results[f"{name}, graphs"] = results[name]
-            results[name] = piece()
-    return results
+    with gpu_memory.imagined() as memory:
+        policy = gpu_memory.fill(model)
+        held = memory.live + 3 * sum(p.nbytes for p in policy.trainable())  # gradients, moments
+        with Cost(card) as cost:
+            bench = Bench(policy, scale, rates, cost.time)
+            results = {name: piece() for name, piece in bench.pieces().items()}
+            policy.checkpointing.always = False
+            with patch.object(activations, "free_bytes", lambda: 1e15):
+                results["update, all kept"] = bench.learn(with_gradient=True)
+            bench.seconds = partial(cost.time, launched=True)
+            for name, piece in (("decode", bench.decode), ("tips", bench.tips)):
+                results[f"{name}, graphs"] = results[name]
+                results[name] = piece()
+    of_layer = policy.checkpointing.of_token * bench.padded
+    return results | {"memory": {"held": held, "of_layer": of_layer}}
 
 
 def table(results):

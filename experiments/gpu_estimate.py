@@ -24,16 +24,18 @@ class Card(NamedTuple):
     bandwidth: float  # TB/s
     bf16: float  # TFLOP/s
     fp32: float
+    gigabytes: float
     load_in_4bit: bool
     dialogues: int  # side by side
+    micro_tokens: int
 
 
 # Bandwidth and bf16 of the H200 were measured; the others are guesses, 66 to 91 % of data sheets.
 CARDS = {
-    "4090": Card(0.92, 150, 60, True, 32),
-    "A100": Card(1.8, 260, 17, False, 128),
-    "H100": Card(2.9, 650, 50, False, 128),
-    "H200": Card(4.3, 790, 50, False, 128),
+    "4090": Card(0.92, 150, 60, 24, True, 32, 2048),
+    "A100": Card(1.8, 260, 17, 80, False, 128, 8192),
+    "H100": Card(2.9, 650, 50, 80, False, 128, 8192),
+    "H200": Card(4.3, 790, 50, 141, False, 128, 8192),
 }
 
 

@@ -19,6 +19,7 @@ import json
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import bitsandbytes
 import numpy as np
@@ -32,6 +33,7 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import logging as transformers_logging
 
 from empo2 import Algorithm, accumulate_gradient
+from engine.activations import bytes_of_token, room_for
 from engine.layers import fuse
 from engine.packing import pack
 from engine.plugins import ROOT
@@ -51,7 +53,7 @@ CANDIDATES = {
 }
 EPISODES = 128  # of an iteration
 ROLLOUT_BATCHES = (16, 32, 64, EPISODES)
-MICRO_TOKENS = (4096, 8192, 16384)
+MICRO_TOKENS = (2048, 4096, 8192)
 STEERING = (torch.bool, torch.int32, torch.int64)
 ANY_TOKEN = 77  # no control token
 ACTION = 3  # tokens that are sampled
@@ -90,7 +92,10 @@ def skeleton(config, load_in_4bit=False, dtype=torch.bfloat16):
 
 
 def fill(model, device="cpu", gradient_checkpointing=True):
-    """Random numbers for a skeleton, made on the device -> a policy."""
+    """Random numbers for a skeleton, made on the device -> a policy.
+
+    gradient_checkpointing: as of Policy.load.
+    """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             weight = 0.02 * torch.randn(parameter.shape, dtype=parameter.dtype, device=device)
@@ -105,11 +110,10 @@ def fill(model, device="cpu", gradient_checkpointing=True):
     rotary = type(base.model.rotary_emb)
     base.model.rotary_emb = rotary(base.config).to(device)
     base.tie_weights()
-    if gradient_checkpointing:
-        options = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     fuse(model)
-    return Policy(model, AutoTokenizer.from_pretrained(ROOT / "standin" / "stages"))
+    policy = Policy(model, AutoTokenizer.from_pretrained(ROOT / "standin" / "stages"))
+    policy.choose_checkpointing(gradient_checkpointing)
+    return policy
 
 
 def pack_weight(module, weight):
@@ -272,8 +276,9 @@ def whole_numbers(indices):
 
 @contextmanager
 def imagined():
-    """In here floats are shapes alone -> their LiveBytes."""
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
+    """In here floats are shapes alone -> their LiveBytes. The code does what it does on a GPU."""
+    on_gpu = patch.object(FakeTensor, "is_cuda", True)
+    with on_gpu, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
         yield memory
 
 
@@ -327,9 +332,15 @@ def all_peaks(policy, memory, context):
     optimizer = torch.optim.AdamW(policy.trainable())
     update_peak(policy, optimizer, memory, 1, TYPICAL)  # gradients and moments stay
     peaks["with gradients and moments",] = memory.live
+    layers = policy.model.get_base_model().model.layers
+    with policy.autocast():
+        kept = bytes_of_token(policy.model.train().get_base_model().model)
+    policy.choose_checkpointing(True)
     for tokens in MICRO_TOKENS:
         rows, longest = longest_rows(policy, tokens, context)
         peaks["update", tokens] = update_peak(policy, optimizer, memory, rows, longest)
+        half = room_for(len(layers) / 2, kept * tokens)
+        peaks["update, half of the activations kept", tokens] = memory.live + half
     for dialogues in ROLLOUT_BATCHES:
         for piece, peak in rollout_peaks(policy, memory, dialogues, context).items():
             peaks[piece, dialogues] = peak
@@ -337,17 +348,20 @@ def all_peaks(policy, memory, context):
 
 
 def what_fits(peaks, card):
-    """(dialogues, tokens of a micro-batch), the most that fit a card of so many GB; None: nothing.
+    """(dialogues, tokens of a micro-batch) for a card of so many GB; None: not even the least fits.
 
-    0.6 GB and a tenth of the card stay free.
+    As many dialogues as fit. As many tokens as let half of the layers keep their activations: more
+    in a micro-batch gain less than what is computed twice then. 0.6 GB and a tenth of the card stay
+    free.
     """
     room = (0.9 * card - 0.6) * 1e9
-    fits = {
-        piece: {sizes[0] for name, *sizes in peaks if name == piece and peaks[name, *sizes] <= room}
-        for piece in ("prefill", "decode", "update")
-    }
-    dialogues = max(fits["prefill"] & fits["decode"], default=None)
-    return dialogues, max(fits["update"], default=None)
+
+    def fit(piece):
+        return {sizes[0] for name, *sizes in peaks if name == piece and peaks[name, *sizes] <= room}
+
+    dialogues = max(fit("prefill") & fit("decode"), default=None)
+    least = min(fit("update"), default=None)
+    return dialogues, max(fit("update, half of the activations kept"), default=least)
 
 
 # --- Command line ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -16,8 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig
 
 from empo2 import Algorithm, accumulate_gradient
+from engine import activations
 from engine.packing import pack
-from experiments import gpu, gpu_memory
+from experiments import gpu, gpu_checks, gpu_memory
 from experiments.gpu_estimate import Card, Cost
 from policy import Policy
 from settings import Settings
@@ -102,7 +104,7 @@ def on_gpu():
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="needs torch for Linux")
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_no_step_of_sampling_waits_for_the_gpu(load_in_4bit):
+def test_no_step_of_sampling_waits_for_the_gpu(monkeypatch, load_in_4bit):
     model = gpu_memory.skeleton(gpu_memory.shape(64, 128, 1, 4, 2, 2000), load_in_4bit)
     with on_gpu() as mode:
         policy = gpu_memory.fill(model, "cuda:0")
@@ -119,6 +121,8 @@ def test_no_step_of_sampling_waits_for_the_gpu(load_in_4bit):
             actions, _ = policy.sample(prompts[: len(ids)], uniforms, 1.0, ids)
             assert [len(action) for action in actions] == [tokens] * len(ids)
             assert mode.questions == questions
+        policy.choose_checkpointing(None)
+        monkeypatch.setattr(activations, "free_bytes", lambda: 1e9)
         s = Settings(beta=0.1)
         episode = gpu_memory.make_episode(policy, np.random.default_rng(0), context=500)
         pairs = gpu_memory.learnt_pairs(episode, s)
@@ -126,7 +130,7 @@ def test_no_step_of_sampling_waits_for_the_gpu(load_in_4bit):
         mode.questions = 0
         accumulate_gradient(policy, [pack(pairs)], Algorithm(s), 1)
         # What two masks choose, twice, and eight metrics.
-        assert mode.questions == 12
+        assert mode.questions == 12 and policy.checkpointing.of_token > 0
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
@@ -148,7 +152,10 @@ RATES = {"flops": 1e9, "bytes": 1e9}
 def test_all_pieces_are_measured_and_none_computes_more_than_is_needed():
     found = {}
     gpu.measure(ALONE, False, "cpu", RATES, found.__setitem__)
-    assert list(found) == ["prefill", "decode", "tips", "pre-pass", "update"]
+    checks = [found.pop(name) for name in ("sampler gap", "step, top", "micro-batch, top")]
+    assert checks[0]["gap"] < 1e-4 and 0 < checks[0]["gradient"] < math.inf
+    assert all(len(top["top"]) == 10 and top["top"][0][1] > 0 for top in checks[1:])
+    assert {*found} == {"prefill", "decode", "tips", "pre-pass", "update"}
     assert all("seconds" in piece and piece["floor"] > 0 for piece in found.values())
     for name in ("prefill", "pre-pass", "update"):
         assert found[name]["computed"] == found[name]["needed"]
@@ -156,6 +163,33 @@ def test_all_pieces_are_measured_and_none_computes_more_than_is_needed():
     *_, total = gpu.table({"weights": {"float32": found}})
     seconds = sum(piece["seconds"] for piece in found.values())
     assert total.startswith(f"| float32 | all, without the environment | {seconds:.3g} |")
+
+
+@pytest.mark.parametrize(
+    "fault, equal, difference", [(0.0, 16, 0.0), (0.5, 16, 0.5), (None, 8, 0.0)]
+)
+def test_steps_that_sample_otherwise_are_found(monkeypatch, fault, equal, difference):
+    """fault: of the log-probs when steps are recorded; None: other tokens at the second turn."""
+    scale = dataclasses.replace(ALONE, dialogues=8)
+    model = gpu_memory.skeleton(gpu_memory.TINY, dtype=torch.float32)
+    bench = gpu.Bench(gpu_memory.fill(model), scale, RATES)
+    sample = bench.policy.sample
+
+    def faulty(prompts, uniforms, *args):
+        recorded = bench.policy.record is not None
+        if recorded and fault is None and len(prompts[0]) > 400:
+            uniforms = 1 - uniforms
+        bench.policy.record = None
+        actions, logps = sample(prompts, uniforms, *args)
+        if recorded and fault:
+            logps = [[logp + fault for logp in of_action] for of_action in logps]
+        bench.policy.record = "a recorder" if recorded else None
+        return actions, logps
+
+    monkeypatch.setattr(bench.policy, "sample", faulty)
+    found = gpu_checks.with_and_without_graphs(bench, "a recorder")
+    assert found["actions"] == 16 and found["equal"] == equal
+    assert found["largest difference"] == pytest.approx(difference)
 
 
 def test_turns_that_were_not_measured_are_interpolated():
@@ -166,7 +200,9 @@ def test_turns_that_were_not_measured_are_interpolated():
 
 
 # --- The estimate ---
-SLOW = Card(1e-12, 2e-12, 1e-12, True, 1)  # a byte, two FLOPs in bf16, one in fp32 a second
+SLOW = Card(
+    1e-12, 2e-12, 1e-12, 0, True, 1, 1024
+)  # a byte, two FLOPs in bf16, one in fp32 a second
 
 
 @pytest.mark.parametrize(

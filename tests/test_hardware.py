@@ -47,7 +47,7 @@ def test_decisions_for_a_card(card, sold):
         assert (s.dtype, s.model) == (dtype, f"Qwen/Qwen2.5-{size}-Instruct")
         assert s.load_in_4bit == (expected[0] == f"{size}, 4-bit")
         assert [str(s.rollout_batch), str(s.micro_tokens)] == expected[1:]
-        assert s.gradient_checkpointing and s.tasks_per_iteration == 16
+        assert s.gradient_checkpointing is None and s.tasks_per_iteration == 16
         licence = "its licence is for research only" if size == "3B" else "Apache-2.0"
         assert any("  model =" in line and f"; {licence})" in line for line in reasons)
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import AS_ON_A_GPU, FP32
-from peft.tuners import lora
 from test_policy import gradients, load, played_episode, score, tolerances
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parameters_to_vector
@@ -20,24 +19,30 @@ from settings import Settings
 def with_pefts_layers(policy):
     """A copy."""
     plain = copy.deepcopy(policy)
-    fused = [m for m in plain.model.modules() if isinstance(m, layers.FusedLinear)]
+    fused = [m for m in plain.model.modules() if isinstance(m, layers.Fused)]
     for layer in fused:
-        layer.__class__ = lora.Linear
+        layer.__class__ = layer.__class__.__bases__[1]
     assert len(fused) == 14
     return plain
 
 
-@pytest.mark.parametrize("options", [FP32, {"gradient_checkpointing": True}, AS_ON_A_GPU])
+@pytest.mark.parametrize(
+    "options",
+    [FP32, {"gradient_checkpointing": True}, AS_ON_A_GPU, AS_ON_A_GPU | {"load_in_4bit": True}],
+)
 def test_fused_layers_learn_as_pefts_do(checkpoint, options):
-    """Log-probs, gradients, and the change of the weights in three steps with π_ref."""
+    """Log-probs, gradients, and the change of the weights in three steps.
+
+    With π_ref, but in NF4: there it is so near that k3's gradient, 1 - π_ref / π_θ, is rounding.
+    """
     policy = load(checkpoint, **options)
-    assert not any(isinstance(m, layers.FusedLinear) for m in policy.model.modules()) or (
-        policy.in_bf16()
-    )
-    layers.fuse(policy.model, policy.model.dtype)
+    assert policy.in_bf16() == any(isinstance(m, layers.Fused) for m in policy.model.modules())
+    if not policy.in_bf16():
+        layers.fuse(policy.model, torch.float32)
     episodes = [played_episode(policy, seed) for seed in range(3)]
     turns = [(e.prompt(t), turn.action_ids) for e in episodes for t, turn in enumerate(e.turns)]
-    s = Settings(minibatch_episodes=1, beta=0.1, min_prob=0.0, max_grad_norm=1e6)
+    beta = 0.0 if "load_in_4bit" in options else 0.1
+    s = Settings(minibatch_episodes=1, beta=beta, min_prob=0.0, max_grad_norm=1e6)
     found = []
     for learner in (policy, with_pefts_layers(policy)):
         logp = torch.cat(score(learner, *zip(*turns, strict=True)))

@@ -451,7 +451,7 @@ def test_four_bit_learns_saves_and_reloads(checkpoint, tmp_path):
     """NF4; the saved adapter gives the same log-probs when reloaded, and through peft alone."""
     policy = load(checkpoint, load_in_4bit=True, lora_r=4)
     kinds = {type(module).__name__ for module in policy.model.modules()}
-    assert "Linear4bit" in kinds and "FusedLinear" not in kinds
+    assert "Linear4bit" in kinds and "FusedLinear4bit" not in kinds
     trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
     assert all("lora" in name for name in trained)
     assert {p.dtype for p in policy.trainable()} == {torch.float32}
@@ -486,10 +486,10 @@ def test_a_gpu_is_only_a_place(monkeypatch):
     assert "  dtype = bfloat16  (H100, 80 GB: half the memory of float32, and faster)" in reasons
     policy = load_policy(s)
     weights = {p.dtype for p in policy.model.parameters() if not p.requires_grad}
-    assert weights == {torch.bfloat16} and policy.model.is_gradient_checkpointing
+    assert weights == {torch.bfloat16} and policy.checkpointing is None
     monkeypatch.undo()
     s, _ = hardware.defaults(Settings(env="house", dtype="bfloat16"), ["fan"])
-    assert (s.dtype, s.gradient_checkpointing, s.load_in_4bit) == ("bfloat16", False, False)
+    assert (s.dtype, s.load_in_4bit) == ("bfloat16", False)
 
 
 def test_without_a_gpu_the_house_alone_has_a_model():

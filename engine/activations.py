@@ -1,0 +1,75 @@
+"""Activation checkpointing, in as few layers as the GPU's memory allows.
+
+Infrastructure: skip it on a first reading.
+"""
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class Checkpointing:
+    """In an update some decoder layers keep their activations; the others compute them twice.
+
+    always: all of them compute twice, however much memory there is.
+    """
+
+    def __init__(self, model, always):
+        base = model.get_base_model()
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        self.model = base.model
+        self.always = always
+        self.of_token = None  # bytes that a layer keeps of a token
+
+    def plan(self, tokens):
+        """For a micro-batch of so many padded tokens: the last layers keep, as many as fit."""
+        keeping = 0
+        if not self.always:
+            self.of_token = self.of_token or bytes_of_token(self.model)
+            keeping = how_many_keep(free_bytes(), self.of_token * tokens)
+        for number, layer in enumerate(reversed(self.model.layers)):
+            layer.gradient_checkpointing = number >= keeping
+
+
+def how_many_keep(free, of_layer):
+    """How many layers can keep their activations, of so many bytes each."""
+    return int(free / 1.2 / of_layer) - 2
+
+
+def room_for(layers, of_layer):
+    """Bytes that must be free if so many keep them. A sixth of that stays free.
+
+    A layer that computes twice needs its own for a while, and their gradients: two layers more.
+    """
+    return 1.2 * (layers + 2) * of_layer
+
+
+def free_bytes():
+    """What tensors can still take of the GPU's memory."""
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + unused
+
+
+def bytes_of_token(model):
+    """Bytes that a decoder layer keeps of a token for the backward pass, with masked attention."""
+    for layer in model.layers:
+        layer.gradient_checkpointing = False
+    kept = [kept_bytes(model, tokens) for tokens in (64, 128)]
+    return (kept[1] - kept[0]) / 64 / len(model.layers)
+
+
+def kept_bytes(model, tokens):
+    """Bytes of what a forward pass of so many tokens keeps, besides weights."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+    visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=model.device).tril()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, attention_mask=visible, use_cache=False)
+    return sum(kept.values())
