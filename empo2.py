@@ -4,8 +4,8 @@
 `Algorithm` holds the decisions of both: subclass it to try another one.
 
 Where the paper is silent, contradicts itself, or its authors' code does something else, this is
-what we do; a comment `# [n]` marks each place in the code. "Paper" is the text of the sections,
-"Alg. 1" its appendix, which writes 1 - p and 1 - q for the text's p and q (`memory_prob`,
+what we do; a comment `# [n]` marks each place in the code. "Paper" is the main text, "Alg. 1"
+is in its appendix: the p and q there are 1 - p and 1 - q of the text (`memory_prob`,
 `offpolicy_prob`). A setting in backquotes switches to the other reading.
 
  1. The rollout mode is drawn at each turn (§4.2). `mode_level`: once per `episode`, or once per
@@ -24,14 +24,15 @@ what we do; a comment `# [n]` marks each place in the code. "Paper" is the text 
     episodes of a group get equal rewards.
  5. Retrieved tips: similarity >= 0.5, then the 10 best by score (authors). `tip_rank=similarity`
     takes the most similar ones (paper). Ties: the higher mean score of the episodes that wrote or
-    saw the tip, then the newer. (Else a false tip, written once after a good episode, would lead
-    for ever.)
+    saw the tip and one of the slot's mean, then the newer. (Else a false tip, written once after a
+    good episode, would lead: for ever by age alone, once by the plain mean.)
  6. Memory key and query: task text and current observation; a tip is stored under the last state
     of its episode. `memory_key="task"`: task text alone. (Authors: the prompt's beginning, cut by
     a 256-token encoder.) With the task text in the key nearly all states of a task are similar
     enough, so in effect the ten best tips of the slot are shown.
- 7. One memory per task variation, 1,000 tips each, oldest dropped, exact duplicates ignored
-    (authors). `memory_scope`: one per `task`, or one for `all` (the paper's single buffer M).
+ 7. One memory per task variation, 1,000 tips each, oldest dropped (authors). An exact duplicate
+    only counts for [5] (authors: is ignored). `memory_scope`: one per `task`, or one for `all` (the
+    paper's single buffer M).
  8. One tip per episode, with its final score (paper; authors: one per action, all the same text).
  9. Tips belong to the turn they were retrieved for and are not in the history of later turns
     (authors: every past tip stays). A tip-free prompt is *built* without tips, never stripped.
@@ -160,7 +161,7 @@ class Algorithm:
     def training_pairs(self, episode) -> Iterator[Pair]:
         """A pair for each turn.
 
-        | turn               | numerator           | denominator (behaviour)                      |
+        | turn               | numerator           | denominator                                  |
         | without memory     | π_θ(a | s, u)       | π_old(a | s, u)                              |
         | memory, on-policy  | π_θ(a | s, u, tips) | π_old(a | s, u, tips)                        |
         | memory, off-policy | π_θ(a | s, u)       | π_old(a | s, u), or sampled with tips [2]    |

@@ -37,10 +37,11 @@ def best_first(slot, similarity, threshold=0.5, max_tips=10, rank="score"):
 
     threshold: least similarity. max_tips: most at once. rank: which of the similar ones, by "score"
     or by "similarity". Ties: the higher mean score of the episodes that wrote or saw the tip (one
-    that did both counts twice), then the newer.
+    that did both counts twice) and one of the slot's mean, then the newer.
     """
     value = np.array(slot.scores) if rank == "score" else similarity
-    served = np.array(slot.totals) / slot.trials
+    prior = sum(slot.totals) / sum(slot.trials)
+    served = (np.array(slot.totals) + prior) / (np.array(slot.trials) + 1)
     age = -np.arange(len(value))  # the newest is 1 - n
     order = np.lexsort((age, -served, -value))
     return order[similarity[order] >= threshold - ROUNDING][:max_tips]

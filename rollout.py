@@ -308,8 +308,8 @@ def write_tips(policy, episodes, s, progress=no_progress):
 def tip_prompt(policy, episode, context):
     """The tip-free episode and the request, in at most `context` tokens.
 
-    What has no room is cut: the first turns, down to the last one (with `history`, to as many as an
-    action sees), then the end of the last observation. If that is not enough, a turn fewer is kept.
+    If it is too long, first turns go until one is left (with `history`, as many as an action sees),
+    then the end of the last observation, then these turns as well.
     Raises ValueError if there is no room for the request alone.
     """
     request = TIP_REQUEST.format(score=episode.score)

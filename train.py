@@ -243,7 +243,7 @@ def parse(argv):
     shown = arguments.demonstration(s, argv)
     if shown and not place.gigabytes and (s.model or not place.fault):
         s, notes = arguments.parse(shown, __doc__)
-        plain = " (the paper's: --preset empo2)" if s.preset == "empo2-modes" else ""
+        plain = " (the paper's method: --preset empo2)" if s.preset == "empo2-modes" else ""
         said.append(
             f"no GPU: the demonstration configs/stages.yaml, preset {s.preset}{plain}; "
             "with a GPU: Qwen2.5-7B on power-component"

@@ -9,15 +9,15 @@ episodes with tips, say 100 points from 83, then hardly shows: both are far abov
 reinforced, as if they were equally good. Here the episodes of a group that were shown tips are
 compared with each other, too:
 
-    A_i = A_i(group) + ω · A_i(those with tips)     ω = `mode_weight`; without tips only the first
+    A_i = A_i(group) + ω · A_i(those with tips)     ω = `mode_weight`; the second term only with tips
 
 The first term carries what tips bring over to the policy without them. The second one tells apart
 what is better and what is worse with tips. docs/mixed_groups.md has the measurement.
 
  1. An episode had tips if any of its turns was shown some. With `mode_level="turn"` those are
     nearly all of a group, and the two terms are nearly the same.
- 2. Episodes without tips have no second term: among themselves they are GRPO's group, with its
-    trap. (Tried: docs/mixed_groups.md.)
+ 2. Episodes without tips have no second term. Among themselves they are GRPO's group, and may be
+    caught as GRPO is. (Tried: docs/mixed_groups.md.)
 """
 
 from dataclasses import dataclass

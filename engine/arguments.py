@@ -46,6 +46,12 @@ def parse(argv, description=None):
     preset = named.preset or of_algorithm(named.algorithm or "empo2")[1]
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
+    own = PRESETS[preset].get("algorithm", named.algorithm)
+    if named.algorithm not in (None, own):
+        raise ValueError(
+            f"--preset {preset} is --algorithm {own}; subclass that one in {named.algorithm},"
+            " or choose another preset"
+        )
     chosen = {"preset": preset}
     notes = []
     for name, value in PRESETS[preset].items():

@@ -58,6 +58,19 @@ def test_capacity_duplicates_ties_and_slots():
     assert len(many) == 1000
 
 
+def test_a_new_tip_goes_behind_one_that_served_well_and_before_one_that_did_not():
+    """Although its own mean is higher than that of the known one, 93 and 53."""
+    for others, expected in (([100, 80], ["known", "new"]), ([0, 60], ["new", "known"])):
+        memory = TipMemory()
+        memory.add(X, "known", 100, "slot")
+        for score in others:
+            memory.judge(["known"], score, "slot")
+        memory.add(X, "bad", -160, "slot")
+        memory.judge(["bad"], -20, "slot")
+        memory.add(X, "new", 100, "slot")
+        assert memory.retrieve(X, "slot")[:2] == expected
+
+
 def test_of_tips_with_equal_scores_the_one_that_served_better_goes_first():
     memory = TipMemory(capacity=3)
     for text, score in (("true", 100), ("false", 100), ("worse", 83)):
