@@ -221,7 +221,7 @@ class Policy:
         attention_mask = None if visible is None else visible[:, None]
         with self.autocast(), adapter:
             if self.checkpointing and torch.is_grad_enabled():
-                self.checkpointing.plan(ids.numel())
+                self.checkpointing.plan(*ids.shape, masked=visible is not None)
             hidden = base.model(
                 input_ids=ids,
                 position_ids=positions,

@@ -251,8 +251,9 @@ def parse(argv):
     s, reasons = hardware.defaults(s, envs.default_tasks(s))
     if s.verbose:
         said += [*notes, *reasons]
-    elif place.gigabytes:  # a licence, a card without bfloat16
-        said += [line for line in reasons if line.split()[0] in ("model", "dtype")]
+    elif place.gigabytes:  # a licence, a card without bfloat16, what the card decides of any model
+        names = ("model", "dtype", "load_in_4bit")
+        said += [line for line in reasons if line.split()[0] in names]
     return s, said
 
 

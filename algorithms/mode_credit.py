@@ -9,7 +9,7 @@ episodes with tips, say 100 points from 83, then hardly shows: both are far abov
 reinforced, as if they were equally good. Here the episodes of a group that were shown tips are
 compared with each other, too:
 
-    A_i = A_i(group) + ω · A_i(those with tips)     ω = `mode_weight`; the second term only with tips
+    A_i = A_i(group) + ω · A_i(those with tips)     ω = `mode_weight`; second term: only with tips
 
 The first term carries what tips bring over to the policy without them. The second one tells apart
 what is better and what is worse with tips. docs/mixed_groups.md has the measurement.

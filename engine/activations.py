@@ -18,14 +18,18 @@ class Checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
         self.model = base.model
         self.always = always
-        self.of_token = None  # bytes that a layer keeps of a token
+        self.of_token = 0.0  # bytes that a layer keeps of a token, without masks
+        self.of_layer = 0.0  # bytes that a layer keeps of the micro-batch
 
-    def plan(self, tokens):
-        """For a micro-batch of so many padded tokens: the last layers keep, as many as fit."""
-        keeping = 0
-        if not self.always:
-            self.of_token = self.of_token or bytes_of_token(self.model)
-            keeping = how_many_keep(free_bytes(), self.of_token * tokens)
+    def plan(self, rows, width, masked):
+        """For a micro-batch [rows, width]: the last layers keep, as many as fit.
+
+        masked: its rows branch. Then a layer keeps the mask, too, a number for each pair of tokens.
+        """
+        self.of_token = self.of_token or bytes_of_token(self.model)
+        mask = width * self.model.dtype.itemsize if masked else 0
+        self.of_layer = rows * width * (self.of_token + mask)
+        keeping = 0 if self.always else how_many_keep(free_bytes(), self.of_layer)
         for number, layer in enumerate(reversed(self.model.layers)):
             layer.gradient_checkpointing = number >= keeping
 

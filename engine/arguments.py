@@ -46,12 +46,14 @@ def parse(argv, description=None):
     preset = named.preset or of_algorithm(named.algorithm or "empo2")[1]
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    own = PRESETS[preset].get("algorithm", named.algorithm)
-    if named.algorithm not in (None, own):
-        raise ValueError(
-            f"--preset {preset} is --algorithm {own}; subclass that one in {named.algorithm},"
-            " or choose another preset"
-        )
+    own = PRESETS[preset].get("algorithm")
+    if own and named.algorithm:
+        cls = algorithm_class(own)
+        if not issubclass(algorithm_class(named.algorithm), cls):
+            raise ValueError(
+                f"--preset {preset} is {cls.__name__} ({own}.py), and the class of --algorithm "
+                f"{named.algorithm} is no subclass of it"
+            )
     chosen = {"preset": preset}
     notes = []
     for name, value in PRESETS[preset].items():

@@ -131,8 +131,9 @@ def run(argv, parse, train):
         return 130
     except torch.OutOfMemoryError:
         processes.say(
-            "train.py: out of GPU memory; lower --micro-tokens (update) or --rollout-batch "
-            f"(rollout), or use --load-in-4bit, then: {resume_command(run_dir)}",
+            "train.py: out of GPU memory; use --gradient-checkpointing or lower --micro-tokens "
+            "(update), lower --rollout-batch (rollout), or use --load-in-4bit, then: "
+            + resume_command(run_dir),
             sys.stderr,
         )
         return 1

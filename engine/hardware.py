@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from settings import is_standin
+
 # A growing cache fragments memory. Drop this when it is torch's default.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before CUDA starts
 # On H100, torch 2.13 prefers cuDNN's attention, which makes a plan for each length of keys. That
@@ -132,6 +134,8 @@ def defaults(s, default_tasks):
         where = f"{place.name}, {place.gigabytes:.0f} GB"
         choices = {name: choice[:2] for name, choice in CHOICES.items()}
         choices |= of_card(place, s.dtype)
+        if s.model and is_standin(s.model):
+            choices["load_in_4bit"] = (False, "it is small")
     else:
         choices = {name: choice[2:] for name, choice in CHOICES.items()}
         choices["eval_every"] = (s.iterations or 10, choices["eval_every"][1])

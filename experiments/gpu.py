@@ -14,8 +14,7 @@ them: turns linearly in between, the update by its padded tokens.
   ..., graphs       with the steps of sampling recorded as CUDA graphs (--decode-graph)
   pre-pass, update  old log-probs, and the steps
 
-gpu.json also has the peak of each piece in GB: that of decode (128 dialogues of about 2,000 tokens)
-and of the update (8,192 tokens) can be held against what gpu_memory.py computes.
+gpu.json also has the peak of each piece in GB.
 
 `floor` is what the necessary work takes at the peak rates measured in the same run: matrix products
 of each token needed, or reading weights, keys and values once a step. Without a GPU a tiny model is
@@ -124,7 +123,6 @@ class Bench:
         self.request = gpu_memory.message(policy, rng, "user", TIP_REQUEST) + policy.header
         self.settings = Settings(micro_tokens=scale.micro_tokens)
         self.computed = 0  # tokens that went through the model
-        self.padded = 0  # tokens of the measured micro-batch
         base = policy.model.get_base_model()
         self.hook = base.model.register_forward_pre_hook(self.count, with_kwargs=True)
         layers = base.model.layers
@@ -188,7 +186,7 @@ class Bench:
             checks["graphs"] = partial(gpu_checks.with_and_without_graphs, self, CudaGraphs())
             checks["decode, graphs"] = partial(self.decode, CudaGraphs())
         checks["decode"] = self.decode
-        checks["step, top"] = partial(gpu_checks.top_kernels, self, step)
+        checks["two steps, top"] = partial(gpu_checks.top_kernels, self, step)
         checks["micro-batch, top"] = partial(gpu_checks.top_kernels, self, learn)
         if on_gpu:
             checks["checkpointing"] = partial(gpu_checks.computing_twice, self)
@@ -266,7 +264,6 @@ class Bench:
             batches += micro_batches(rows[first : first + s.minibatch_episodes], s.micro_tokens)
         sizes = [len(batch) * max(len(row.ids) for row in batch) for batch in batches]
         batch = batches[int(np.argmax(sizes))]
-        self.padded = max(sizes)
         self.begin()
         run = partial(score_rows, self.policy, batch, s)
         if with_gradient:
@@ -277,7 +274,7 @@ class Bench:
         needed = share * sum(len(row.ids) for row in rows)
         computed = share * sum(sizes)
         return {
-            "seconds": one * computed / self.padded,
+            "seconds": one * computed / max(sizes),
             "needed": needed,
             "computed": computed,
             "floor": self.flops_floor(needed, 2 if with_gradient else 1),
@@ -322,7 +319,7 @@ def estimate(card, scale):
     for name, result in one.items():
         for key, value in result.items():
             result[key] = value + (layers - 1) * (two[name][key] - value)
-    memory = one.pop("memory")
+    memory = one.pop("memory") | {"of_layer": two["memory"]["of_layer"]}
     # CUDA keeps 0.6 GB.
     keeping = how_many_keep(1e9 * (card.gigabytes - 0.6) - memory["held"], memory["of_layer"])
     kept = min(1.0, max(0.0, keeping / layers))
@@ -355,8 +352,7 @@ def computed(card, scale, layers):
             for name, piece in (("decode", bench.decode), ("tips", bench.tips)):
                 results[f"{name}, graphs"] = results[name]
                 results[name] = piece()
-    of_layer = policy.checkpointing.of_token * bench.padded
-    return results | {"memory": {"held": held, "of_layer": of_layer}}
+    return results | {"memory": {"held": held, "of_layer": policy.checkpointing.of_layer}}
 
 
 def table(results):

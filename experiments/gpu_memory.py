@@ -33,7 +33,7 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import logging as transformers_logging
 
 from empo2 import Algorithm, accumulate_gradient
-from engine.activations import bytes_of_token, room_for
+from engine.activations import room_for
 from engine.layers import fuse
 from engine.packing import pack
 from engine.plugins import ROOT
@@ -333,13 +333,10 @@ def all_peaks(policy, memory, context):
     update_peak(policy, optimizer, memory, 1, TYPICAL)  # gradients and moments stay
     peaks["with gradients and moments",] = memory.live
     layers = policy.model.get_base_model().model.layers
-    with policy.autocast():
-        kept = bytes_of_token(policy.model.train().get_base_model().model)
-    policy.choose_checkpointing(True)
     for tokens in MICRO_TOKENS:
         rows, longest = longest_rows(policy, tokens, context)
         peaks["update", tokens] = update_peak(policy, optimizer, memory, rows, longest)
-        half = room_for(len(layers) / 2, kept * tokens)
+        half = room_for(len(layers) / 2, policy.checkpointing.of_layer)
         peaks["update, half of the activations kept", tokens] = memory.live + half
     for dialogues in ROLLOUT_BATCHES:
         for piece, peak in rollout_peaks(policy, memory, dialogues, context).items():

@@ -31,6 +31,19 @@ SMALL = """--env-options rooms=2 containers=2 parts=1 --tasks radio --step-limit
     --model standin/house --eval-every 0 --iterations 1""".split()
 
 
+def test_a_preset_keeps_its_algorithm(tmp_path):
+    fork = tmp_path / "fork.py"
+    fork.write_text("from empo2 import Algorithm\nclass A(Algorithm): pass")
+    asked = ["--preset", "gigpo", "--algorithm", str(fork)]
+    with pytest.raises(ValueError, match=r"gigpo is GiGPO \(gigpo.py\), and .*fork.py is no sub"):
+        arguments.parse(asked)
+    fork = tmp_path / "other.py"
+    fork.write_text("from algorithms.gigpo import GiGPO\nclass A(GiGPO):\n    preset = 'gigpo'")
+    for asked in ([], ["--preset", "empo2-gigpo"]):
+        s, _ = arguments.parse([*asked, "--algorithm", str(fork)])
+        assert s.algorithm == str(fork)
+
+
 @pytest.fixture
 def fork(tmp_path, monkeypatch):
     """The document's example, in the working directory."""

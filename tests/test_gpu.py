@@ -152,7 +152,7 @@ RATES = {"flops": 1e9, "bytes": 1e9}
 def test_all_pieces_are_measured_and_none_computes_more_than_is_needed():
     found = {}
     gpu.measure(ALONE, False, "cpu", RATES, found.__setitem__)
-    checks = [found.pop(name) for name in ("sampler gap", "step, top", "micro-batch, top")]
+    checks = [found.pop(name) for name in ("sampler gap", "two steps, top", "micro-batch, top")]
     assert checks[0]["gap"] < 1e-4 and 0 < checks[0]["gradient"] < math.inf
     assert all(len(top["top"]) == 10 and top["top"][0][1] > 0 for top in checks[1:])
     assert {*found} == {"prefill", "decode", "tips", "pre-pass", "update"}

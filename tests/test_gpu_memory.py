@@ -91,10 +91,18 @@ def test_as_many_layers_keep_their_activations_as_fit(checkpoint, monkeypatch, k
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("load_in_4bit", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_what_is_kept_stays_within_what_is_free(monkeypatch, load_in_4bit):
+@pytest.mark.parametrize(
+    "load_in_4bit, size, rows, context",
+    [
+        (False, 256, 2, 800),
+        (False, 64, 1, 3000),  # most of it is masks
+        pytest.param(True, 256, 2, 800, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_kept_stays_within_what_is_free(monkeypatch, load_in_4bit, size, rows, context):
     """Half, and four fifths, of what all layers would keep."""
-    model = skeleton(gpu_memory.shape(256, 1024, 7, 8, 2, 500), load_in_4bit, torch.bfloat16)
+    shape = gpu_memory.shape(size, 4 * size, 7, 8, 2, 500)
+    model = skeleton(shape, load_in_4bit, torch.bfloat16)
     with gpu_memory.imagined() as memory:
         policy = fill(model)
         optimizer = torch.optim.AdamW(policy.trainable())
@@ -104,11 +112,11 @@ def test_what_is_kept_stays_within_what_is_free(monkeypatch, load_in_4bit):
 
         def peak(free):
             monkeypatch.setattr(activations, "free_bytes", lambda: free - (memory.live - held))
-            return gpu_memory.update_peak(policy, optimizer, memory, 2, 800) - held
+            return gpu_memory.update_peak(policy, optimizer, memory, rows, context) - held
 
         everything = peak(1e12)
         for free in (everything / 2, everything * 0.8):
-            assert 0.5 * free < peak(free) <= free
+            assert 0.3 * free < peak(free) <= free
 
 
 def test_bigger_things_do_not_fit_smaller_cards():

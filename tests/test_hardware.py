@@ -66,6 +66,7 @@ def test_what_is_named_counts(card):
     card(15.6, False)
     s, reasons = hardware.defaults(Settings(model="mine", dtype="bfloat16"), ["fan"])
     assert (s.model, s.dtype, s.load_in_4bit) == ("mine", "bfloat16", True)
+    assert not hardware.defaults(Settings(model="standin/house"), ["fan"])[0].load_in_4bit
     assert "  rollout_batch = 16  (B, 16 GB: as many dialogues as fit with 7B)" in reasons
     _, reasons = hardware.defaults(Settings(), ["fan"])
     assert "  dtype = float32  (B, 16 GB: it has no bfloat16, and emulates it slowly)" in reasons
@@ -112,7 +113,6 @@ def test_the_defaults_fit_by_the_computed_memory(dtype, card, monkeypatch):
     rows = {least: row for least, *row in hardware.CARDS[dtype]}
     size, in_4bit, *most = rows[card]
     monkeypatch.setattr(gpu_memory, "ROLLOUT_BATCHES", most[:1])
-    monkeypatch.setattr(gpu_memory, "MICRO_TOKENS", most[1:])
     model = gpu_memory.skeleton(gpu_memory.QWEN[size], in_4bit, getattr(torch, dtype))
     with gpu_memory.imagined() as memory:
         peaks = gpu_memory.all_peaks(gpu_memory.fill(model), memory, Settings().context)
