@@ -104,7 +104,7 @@ class Settings:
     max_grad_norm: float = setting(1.0, "gradient clip")
     # Tip-free evaluation during training (§5)
     eval_every: int | None = setting(
-        None, "iterations between evaluations; 0 = never [GPU: 0, CPU: ends]"
+        None, "iterations between evaluations; 0 = never [GPU: 50, CPU: ends]"
     )
     eval_variations: int | None = setting(None, "test variations per task [GPU: 20, CPU: 4]")
     eval_episodes: int | None = setting(None, "episodes per variation [GPU: 4, CPU: 2]")

@@ -92,7 +92,7 @@ CHOICES = {
     "load_in_4bit": (None, None, False, "slower"),
     "decode_graph": (False, "true should be faster; never run on a GPU", False, "it needs a GPU"),
     "variations": (5, "the authors'", 2, "few enough to meet their tips again"),
-    "eval_every": (0, "evaluations take time", None, "before the first and after the last one"),
+    "eval_every": (50, "as in configs/paper.yaml", None, "before the first and after the last one"),
     "eval_variations": (20, "the authors'", 4, "a small evaluation"),
     "eval_episodes": (4, "the authors'", 2, "a small evaluation"),
 }
