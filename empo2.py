@@ -23,9 +23,10 @@ is in its appendix: the p and q there are 1 - p and 1 - q of the text (`memory_p
     memory slot. n counts visits in earlier iterations and earlier in the same episode, so equal
     episodes of a group get equal rewards.
  5. Retrieved tips: similarity >= 0.5, then the 10 best by score (authors). `tip_rank=similarity`
-    takes the most similar ones (paper). Ties: the higher mean score of the episodes that wrote or
-    saw the tip and one of the slot's mean, then the newer. (Else a false tip, written once after a
-    good episode, would lead: for ever by age alone, once by the plain mean.)
+    takes the most similar ones (paper). Ties: the higher mean score of the episodes that wrote
+    the tip or saw it first in the list, and one of the slot's mean; then the newer. (Else a false
+    tip, written once after a good episode, would lead: for ever by age alone, once by the plain
+    mean, at times if all tips that an episode saw were judged by it.)
  6. Memory key and query: task text and current observation; a tip is stored under the last state
     of its episode. `memory_key="task"`: task text alone. (Authors: the prompt's beginning, cut by
     a 256-token encoder.) With the task text in the key nearly all states of a task are similar

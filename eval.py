@@ -153,7 +153,7 @@ def run_parts(args, algorithm, adapter, load, env, pool, parts, save):
 def remember(part, tips, embed):
     """What `rollout.store_tips` does with episodes, of those in the file."""
     for episode in part["played"]:
-        tips.judge(episode["tips_shown"], episode["score"], episode["slot"])
+        tips.judge(episode["tips_led"], episode["score"], episode["slot"])
     keys = embed([tip["state"] for tip in part["admitted"]])
     for tip, key in zip(part["admitted"], keys, strict=True):
         tips.add(key, tip["tip"], tip["score"], tip["slot"])
@@ -193,7 +193,7 @@ def play(policy, worlds, pool, trial, shown, embed, args, algorithm, progress):
                 "score": episode.score,
                 "turns": len(episode.turns),
                 "ended": episode.ended,
-                "tips_shown": sorted({tip for turn in episode.turns for tip in turn.shown}),
+                "tips_led": sorted(rollout.leading(episode)),
                 "tip": episode.tip,
                 "slot": rollout.memory_slot(episode.job, s.memory_scope),
             }

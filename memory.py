@@ -28,7 +28,7 @@ class TipSlot:
     keys: np.ndarray  # [room, d] float32, of which the first len(texts) are used
     texts: list[str]
     scores: list[float]
-    totals: list[float]  # the sum of the scores of the episodes that wrote a tip or were shown it
+    totals: list[float]  # the sum of the scores of the episodes that wrote a tip or were led by it
     trials: list[int]  # the number of these episodes
 
 
@@ -36,8 +36,8 @@ def best_first(slot, similarity, threshold=0.5, max_tips=10, rank="score"):
     """Indexes of the tips of a slot to retrieve, best first; similarity: [n] cosines to the query.
 
     threshold: least similarity. max_tips: most at once. rank: which of the similar ones, by "score"
-    or by "similarity". Ties: the higher mean score of the episodes that wrote or saw the tip (one
-    that did both counts twice) and one of the slot's mean, then the newer.
+    or by "similarity". Ties: the higher mean score of the episodes that wrote the tip or were led
+    by it (one that did both counts twice) and one of the slot's mean, then the newer.
     """
     value = np.array(slot.scores) if rank == "score" else similarity
     prior = sum(slot.totals) / sum(slot.trials)
@@ -84,7 +84,7 @@ class TipMemory:
         stored.trials.append(1)
 
     def judge(self, texts, score, slot):
-        """Count the score of an episode that was shown these tips of the slot."""
+        """Count the score of an episode in whose list these tips of the slot stood first."""
         stored = self.slots.get(slot)
         for text in texts:
             if stored and text in stored.texts:

@@ -340,17 +340,21 @@ def tip_prompt(policy, episode, context):
 def store_tips(episodes, memory, embed, algorithm):
     """Add the admitted tips to M, once all episodes of the iteration are over (Alg. 1).
 
-    An episode's score is added to the totals of the tips that it was shown [5].
+    An episode's score is added to the totals of the tips that led it [5].
     """
     s = algorithm.s
     for episode in episodes:
-        shown = {tip for turn in episode.turns for tip in turn.shown}
-        memory.judge(shown, episode.score, memory_slot(episode.job, s.memory_scope))
+        memory.judge(leading(episode), episode.score, memory_slot(episode.job, s.memory_scope))
     writers = list(algorithm.admitted([episode for episode in episodes if episode.tip]))
     keys = embed([memory_text(e, e.turns[-1].next_observation, s.memory_key) for e in writers])
     for episode, key in zip(writers, keys, strict=True):
         slot = memory_slot(episode.job, s.memory_scope)
         memory.add(key, episode.tip, episode.score, slot)
+
+
+def leading(episode):
+    """The tips that stood first in the list at some turn of the episode."""
+    return {turn.shown[0] for turn in episode.turns if turn.shown}
 
 
 def give_intrinsic_rewards(episodes, novelty, embed, algorithm):

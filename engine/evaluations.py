@@ -134,7 +134,8 @@ def earlier_parts(path, protocol):
             "admitted",
             *FIGURES,
         }
-        if not all(needed <= part.keys() for part in parts):
+        whole = all(needed <= part.keys() for part in parts)
+        if not whole or any("tips_led" not in e for part in parts for e in part["played"]):
             raise ValueError("a part is not whole")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -109,7 +109,7 @@ def test_the_memory_of_a_checkpoint_is_shown_at_every_turn(run, tmp_path, capsys
     before = {p: p.stat().st_mtime_ns for p in (run / "checkpoint-1").iterdir()}
     on = evaluate(run, "--memory", "--variations", 2, "--out", tmp_path / "on.json")
     assert all(0 < p["memory_turns"] == p["turns"] for p in on["parts"])
-    assert all(e["tips_shown"] and not e["tip"] for p in on["parts"] for e in p["played"])
+    assert all(e["tips_led"] and not e["tip"] for p in on["parts"] for e in p["played"])
     assert before == {p: p.stat().st_mtime_ns for p in (run / "checkpoint-1").iterdir()}
     none = refusal(capsys, run, "--memory", "--tasks", "clock", "--out", tmp_path / "clock.json")
     assert "tips in 0 of these 1 memories (one per task)" in none
@@ -134,10 +134,10 @@ def test_ood_fills_a_memory_per_task_and_moves_no_weight(run, tmp_path, monkeypa
     clock, _, _, *fan = (part["played"] for part in parts)
     assert {e["slot"] for e in clock + fan[0]} == {"all"}
     assert clock[0]["tip"] and clock[0]["tip"] not in {e["tip"] for e in fan[0]}
-    assert set(fan[1][0]["tips_shown"]) <= {e["tip"] for e in fan[0]}
+    assert set(fan[1][0]["tips_led"]) <= {e["tip"] for e in fan[0]}
     tips, policy = made
-    judged = sum(bool(e["tip"]) + len(e["tips_shown"]) for played in fan for e in played)
-    assert sum(tips.slots["all"].trials) == judged, "a tip is judged when it is shown"
+    judged = sum(bool(e["tip"]) + len(e["tips_led"]) for played in fan for e in played)
+    assert sum(tips.slots["all"].trials) == judged, "a tip is judged when it leads"
     trained = load_file(run / "checkpoint-1" / "adapter_model.safetensors")
     for name, weight in policy.model.named_parameters():
         if "lora" in name:

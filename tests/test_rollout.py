@@ -400,19 +400,19 @@ def test_tips_are_retrieved_for_the_state_to_act_in_from_the_slot_of_the_episode
 
 
 def test_tips_are_judged_by_hand():
-    """(total, trials) of each: once by every episode that was shown it at any turn."""
+    """(total, trials) of each: once by every episode in whose list it stood first at any turn."""
     memory = TipMemory()
     for slot in ("task", "other"):
         memory.add(np.eye(1024)[0], "x", 10, slot)
         memory.add(np.eye(1024)[0], "y", 20, slot)
     episodes = [
         finished(THREE[0], -100, "first", [[], ["x"], ["x", "y"]]),
-        finished(THREE[1], 50, "second", [["x"], []]),
+        finished(THREE[1], 50, "second", [["x", "y"], []]),
         finished(THREE[2], 0, "third", [[], ["y"]]),
     ]
     rollout.store_tips(episodes, memory, EMBED, Algorithm(Settings(memory_scope="task")))
     expected = {
-        "task": {"x": (-40, 3), "y": (-80, 2), "first": (-100, 1), "second": (50, 1)},
+        "task": {"x": (-40, 3), "y": (20, 1), "first": (-100, 1), "second": (50, 1)},
         "other": {"x": (10, 1), "y": (20, 2), "third": (0, 1)},
     }
     assert expected == {
