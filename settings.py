@@ -86,7 +86,8 @@ class Settings:
     denominator: Literal["no-tips", "tips"] = setting(
         "no-tips", "[2] off-policy π_old is with or without"
     )
-    learning_rate: float | None = setting(None, "constant, of AdamW [GPU: 1e-5, CPU: 1e-3]")
+    learning_rate: float | None = setting(None, "of AdamW [GPU: 1e-5, CPU: 1e-3]")
+    lr_decay: float = setting(0.0, "over the last share of the iterations it falls linearly to 0")
     minibatch_episodes: int = setting(16, "episodes per optimiser step")
     micro_tokens: int | None = setting(
         None, "padded tokens per forward pass [by the card's memory]"
@@ -132,7 +133,7 @@ class Settings:
 
 RANGES = (
     (
-        "memory_prob offpolicy_prob min_prob tip_threshold novelty_threshold",
+        "memory_prob offpolicy_prob lr_decay min_prob tip_threshold novelty_threshold",
         lambda value: 0 <= value <= 1,
         "lie between 0 and 1",
     ),

@@ -85,9 +85,22 @@ def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
     rollout.store_tips(episodes, learner.tip_memory, embed, algorithm)
     metrics = {}
     if s.learning_rate:
+        for group in learner.optimizer.param_groups:
+            group["lr"] = learning_rate(s, iteration)
         metrics = empo2.update(learner.policy, learner.optimizer, episodes, algorithm, rng, clock)
     metrics |= {"iteration": iteration, **rollout_metrics(episodes, sum(lost), learner)}
     return episodes, with_own(metrics, algorithm.metrics(episodes))
+
+
+def learning_rate(s, iteration):
+    """Constant, but over the last `lr_decay` of the iterations it falls linearly towards 0.
+
+    >>> s = arguments.parse(["--learning-rate", "0.6", "--iterations", "9", "--lr-decay", "0.33"])[0]
+    >>> [round(learning_rate(s, iteration), 2) for iteration in (0, 6, 7, 8)]
+    [0.6, 0.6, 0.4, 0.2]
+    """
+    left = 1 - iteration / s.iterations
+    return s.learning_rate * (min(1, left / s.lr_decay) if s.lr_decay else 1)
 
 
 def explore(learner, worlds, jobs, embed, algorithm, rng, clock):

@@ -15,9 +15,9 @@ OWN = ("model", "tasks", "seed", "eval_temperature")
 NO_EFFECT = (
     "preset variations iterations gradient_checkpointing decode_graph lora_r lora_alpha group_size"
     " tasks_per_iteration rollout_batch memory_prob novelty_threshold intrinsic_coef offpolicy_prob"
-    " denominator learning_rate minibatch_episodes micro_tokens pack clip_low clip_high clip_c"
-    " min_prob beta advantage_eps fixed_std max_grad_norm eval_every eval_variations eval_episodes"
-    " run_dir resume save_every report_to verbose config"
+    " denominator learning_rate lr_decay minibatch_episodes micro_tokens pack clip_low clip_high"
+    " clip_c min_prob beta advantage_eps fixed_std max_grad_norm eval_every eval_variations"
+    " eval_episodes run_dir resume save_every report_to verbose config"
 ).split()
 # These may move: what is there is compared, by its checksum.
 PLACES = ("model", "adapter")
