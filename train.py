@@ -20,7 +20,7 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, with algorithm and pr
   python train.py --resume --run-dir runs/scienceworld-power-component-0
   accelerate launch --num_processes 2 train.py --env scienceworld  # on two GPUs: docs/runs.md
 
-When resuming, --iterations may be raised, and --rollout-batch, --micro-tokens, --dtype,
+When resuming, --iterations may be raised (with --lr-decay the rate rises again then), and --rollout-batch, --micro-tokens, --dtype,
 --load-in-4bit, --gradient-checkpointing, --decode-graph, --save-every and --report-to may change.
 --model may name another place of the same model; its weights are compared. If you have edited the
 file of --algorithm or --env, give it again to resume with the edited version.
@@ -95,7 +95,7 @@ def iterate(iteration, learner, algorithm, worlds, pool, embed, clock):
 def learning_rate(s, iteration):
     """Constant, but over the last `lr_decay` of the iterations it falls linearly towards 0.
 
-    >>> s = arguments.parse(["--learning-rate", "0.6", "--iterations", "9", "--lr-decay", "0.33"])[0]
+    >>> s, _ = arguments.parse("--learning-rate 0.6 --iterations 9 --lr-decay 0.33".split())
     >>> [round(learning_rate(s, iteration), 2) for iteration in (0, 6, 7, 8)]
     [0.6, 0.6, 0.4, 0.2]
     """

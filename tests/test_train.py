@@ -103,6 +103,13 @@ def test_a_run_leaves_what_is_promised(finished):
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+def test_the_learning_rate_falls_at_the_end(finished, tmp_path):
+    assert start(tmp_path, "--iterations", 2, "--lr-decay", 1, "--learning-rate", 1e-3) == 0
+    for folder, rate in ((finished / "checkpoint-4", 1e-3), (tmp_path / "checkpoint-2", 5e-4)):
+        (group,) = torch.load(folder / "optimizer.pt")["param_groups"]
+        assert group["lr"] == rate
+
+
 def test_neither_waves_nor_evaluations_change_what_is_played(finished, tmp_path):
     """The same draws, tips shown and rewards; weights equal but for rounding."""
     assert start(tmp_path, "--iterations", 2, "--rollout-batch", 4) == 0
