@@ -20,10 +20,11 @@ A run leaves in its directory (default runs/ENV-TASK-SEED, with algorithm and pr
   python train.py --resume --run-dir runs/scienceworld-power-component-0
   accelerate launch --num_processes 2 train.py --env scienceworld  # on two GPUs: docs/runs.md
 
-When resuming, --iterations may be raised (with --lr-decay the rate rises again then), and --rollout-batch, --micro-tokens, --dtype,
---load-in-4bit, --gradient-checkpointing, --decode-graph, --save-every and --report-to may change.
---model may name another place of the same model; its weights are compared. If you have edited the
-file of --algorithm or --env, give it again to resume with the edited version.
+When resuming, --iterations may be raised (with --lr-decay the rate then rises again), and
+--rollout-batch, --micro-tokens, --dtype, --load-in-4bit, --gradient-checkpointing, --decode-graph,
+--save-every and --report-to may change. --model may name another place of the same model; its
+weights are compared. If you have edited the file of --algorithm or --env, give it again to resume
+with the edited version.
 """
 
 import sys
