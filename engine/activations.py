@@ -66,14 +66,13 @@ def kept_bytes(model, tokens):
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}
 
-    def keep(tensor):
+    def keep(tensor):  # returns nothing: a tensor in its own graph would never be freed
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
+            kept[storage._cdata] = storage
 
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
     visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=model.device).tril()
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         model(input_ids=ids, attention_mask=visible, use_cache=False)
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())

@@ -336,7 +336,7 @@ def all_peaks(policy, memory, context):
     for tokens in MICRO_TOKENS:
         rows, longest = longest_rows(policy, tokens, context)
         peaks["update", tokens] = update_peak(policy, optimizer, memory, rows, longest)
-        half = room_for(len(layers) / 2, policy.checkpointing.of_layer)
+        half = room_for(len(layers) / 2, policy.checkpointing.of_token * tokens)
         peaks["update, half of the activations kept", tokens] = memory.live + half
     for dialogues in ROLLOUT_BATCHES:
         for piece, peak in rollout_peaks(policy, memory, dialogues, context).items():

@@ -105,6 +105,10 @@ def test_what_is_kept_stays_within_what_is_free(monkeypatch, load_in_4bit, size,
     model = skeleton(shape, load_in_4bit, torch.bfloat16)
     with gpu_memory.imagined() as memory:
         policy = fill(model)
+        before = memory.live
+        with policy.autocast():
+            activations.bytes_of_token(policy.model.train().get_base_model().model)
+        assert memory.live == before, "what it kept is free again"
         optimizer = torch.optim.AdamW(policy.trainable())
         gpu_memory.update_peak(policy, optimizer, memory, 1, 700)  # gradients and moments stay
         held = memory.live
