@@ -82,7 +82,9 @@ class Display:
         known = {name: value for name, value in metrics.items() if value is not None}
         self.trackers.log(known, step=metrics["iteration"])
         if self.idle < 3:
-            self.idle = self.idle + 1 if metrics.get("zero_variance_groups") == 1 else 0
+            solved = metrics.get("success") == 1  # there is nothing left to learn
+            idle = metrics.get("zero_variance_groups") == 1 and not solved
+            self.idle = self.idle + 1 if idle else 0
             if self.idle == 3 and processes.rank == 0:
                 reason = why_idle(episodes, self.s)
                 tqdm.write(f"3 iterations taught nothing: {reason}", file=sys.stderr)

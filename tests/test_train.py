@@ -576,15 +576,16 @@ def test_it_says_once_why_three_iterations_taught_nothing(tmp_path, capsys):
         for score, text in ((50, "a hall"), (0, UNKNOWN))
     )
 
-    def said_of(episodes, shares):
+    def said_of(episodes, shares, success=0.5):
         display = logs.Display(s, 0, trackers)
-        shown = {"iteration": 0, "tips_shown": 0}
+        shown = {"iteration": 0, "tips_shown": 0, "success": success}
         shown |= {"score_with_memory": None, "score_without_memory": 0}
         for share in shares:
             display.iteration(episodes, shown | {"zero_variance_groups": share})
         return [x for x in capsys.readouterr().err.splitlines() if "taught nothing" in x]
 
     assert not said_of([heard], (1, 1, 0.5, 1, 1, None, 1, 1))
+    assert not said_of([heard], (1, 1, 1, 1), success=1)
     (line,) = said_of([heard, unheard], (1, 0.5, 1, 1, 1, 1, 1, 1))
     assert line.endswith("all episodes returned the same (the last scores: 0, 50)")
     assert logs.why_idle([unheard] * 2, s).startswith("none of the last 2 actions was understood")
