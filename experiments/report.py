@@ -165,8 +165,10 @@ def report(out, sweep):
     }
     (out / "results.json").write_text(json.dumps(content, indent=1))
     what = "score" if settings["env"] == "scienceworld" else "success"
-    seeds = ", ".join(map(str, sweep["seeds"]))
-    title = f"{settings['model']} in {settings['env']}, seeds {seeds}"
+    seeds = f"seeds {', '.join(map(str, sweep['seeds']))}"
+    if len(sweep["seeds"]) > 5:
+        seeds = f"{len(sweep['seeds'])} seeds"  # or it would be wider than the picture
+    title = f"{settings['model']} in {settings['env']}, {seeds}"
     lines = SUMMARY.format(title=title, what=what).splitlines()
     head = ["preset", *(f"seed {seed}" for seed in sweep["seeds"]), "mean", "max - min"]
     head += [name for name, _ in MEANS.values()]
