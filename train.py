@@ -100,8 +100,10 @@ def learning_rate(s, iteration):
     >>> [round(learning_rate(s, iteration), 2) for iteration in (0, 6, 7, 8)]
     [0.6, 0.6, 0.4, 0.2]
     """
+    if not s.lr_decay:
+        return s.learning_rate
     left = 1 - iteration / s.iterations
-    return s.learning_rate * (min(1, left / s.lr_decay) if s.lr_decay else 1)
+    return s.learning_rate * min(1, left / s.lr_decay)
 
 
 def explore(learner, worlds, jobs, embed, algorithm, rng, clock):

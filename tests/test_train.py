@@ -416,7 +416,7 @@ def test_without_a_gpu_the_main_command_is_the_demonstration(command, method, mo
     s, said = train.parse([])
     assert (s.model, s.tasks) == ("Qwen/Qwen2.5-7B-Instruct", ["power-component"])
     assert s.algorithm == "empo2"
-    assert [line.split()[0] for line in said] == ["model", "dtype"]
+    assert [line.split()[0] for line in said] == ["model", "dtype", "load_in_4bit"]
 
 
 @pytest.mark.parametrize(
