@@ -108,7 +108,7 @@ def test_what_is_kept_stays_within_what_is_free(monkeypatch, load_in_4bit, size,
         before = memory.live
         with policy.autocast():
             activations.bytes_of_token(policy.model.train().get_base_model().model)
-        assert memory.live == before, "what it kept is free again"
+        assert memory.live <= before, "what it kept is free again"
         optimizer = torch.optim.AdamW(policy.trainable())
         gpu_memory.update_peak(policy, optimizer, memory, 1, 700)  # gradients and moments stay
         held = memory.live
