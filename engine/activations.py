@@ -6,6 +6,9 @@ Infrastructure: skip it on a first reading.
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+SPARE = 1.2  # a sixth of the memory stays free
+MORE = 2  # a layer that computes twice needs its own activations for a while, and their gradients
+
 
 class Checkpointing:
     """In an update some decoder layers keep their activations; the others compute them twice.
@@ -36,15 +39,12 @@ class Checkpointing:
 
 def how_many_keep(free, of_layer):
     """How many layers can keep their activations, of so many bytes each."""
-    return int(free / 1.2 / of_layer) - 2
+    return int(free / SPARE / of_layer) - MORE
 
 
 def room_for(layers, of_layer):
-    """Bytes that must be free if so many keep them. A sixth of that stays free.
-
-    A layer that computes twice needs its own for a while, and their gradients: two layers more.
-    """
-    return 1.2 * (layers + 2) * of_layer
+    """Bytes that must be free if so many keep them."""
+    return SPARE * (layers + MORE) * of_layer
 
 
 def free_bytes():

@@ -200,9 +200,8 @@ def test_turns_that_were_not_measured_are_interpolated():
 
 
 # --- The estimate ---
-SLOW = Card(
-    1e-12, 2e-12, 1e-12, 0, True, 1, 1024
-)  # a byte, two FLOPs in bf16, one in fp32 a second
+# A byte, two FLOPs in bf16 and one in fp32 a second; no room for activations.
+SLOW = Card(1e-12, 2e-12, 1e-12, 0, True, 1, 1024)
 
 
 @pytest.mark.parametrize(
