@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from engine import layers, weights
+from engine import attention, layers, weights
 from engine.activations import Checkpointing
 from engine.cache import DialogueCache
 from engine.chat import END_OF_THOUGHT, chat_format
@@ -63,6 +63,7 @@ class Policy:
         self.past_header = self.control("<|im_start|>assistant\n")
         self.header, self.drops_thoughts = chat_format(self)
         self.max_positions = model.config.max_position_embeddings
+        attention.use(model.get_base_model())
         self.forget()
 
     @classmethod

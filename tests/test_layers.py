@@ -6,13 +6,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import AS_ON_A_GPU, FP32
+from conftest import AS_ON_A_GPU, FP32, write_checkpoint
 from test_policy import gradients, load, played_episode, score, tolerances
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parameters_to_vector
 
 import empo2
-from engine import layers
+from engine import attention, layers
 from settings import Settings
 
 
@@ -106,3 +106,35 @@ def test_on_a_gpu_no_head_is_copied(monkeypatch, dtype, calls):
         logits = layers.head(states, torch.zeros(300, 64, dtype=dtype, device="cuda"))
     assert (logits.dtype, logits.shape) == (torch.float32, (5, 300))
     assert product.call_count == calls
+
+
+def test_a_shared_head_gets_more_queries(tmp_path, monkeypatch):
+    """What is sampled in dialogues that are held is the same, to rounding, as with copied keys.
+
+    Where the queries would outnumber the keys, as in a first prompt, the keys are copied.
+    """
+    policy = load(write_checkpoint(tmp_path, num_attention_heads=8, num_key_value_heads=2))
+    shapes = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, mask, **options):
+        shapes.append(list(query.shape[1:3]))
+        return kernel(query, key, value, mask, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", record)
+    prompts = [policy.message("user", "look " * n) + policy.header for n in (150, 130, 150)]
+    news = policy.message("user", "go " * 4) + policy.header
+    uniforms = np.random.default_rng(0).random((3, 2))
+    found = []
+    for implementation in (attention.NAME, "sdpa"):
+        policy.model.get_base_model().set_attn_implementation(implementation)
+        policy.forget()
+        policy.sample(prompts, uniforms[:, :1], 1.0, range(3))
+        assert shapes == []
+        longer = [prompt + news for prompt in prompts]
+        found.append((policy.sample(longer, uniforms[:, :1], 1.0, range(3)), shapes[:]))
+        shapes.clear()
+    ((actions, logps), ours), ((expected, expected_logps), copied) = found
+    assert ours == [[2, 4 * len(news)]] * 2
+    assert actions == expected and copied == []
+    np.testing.assert_allclose(np.concatenate(logps), np.concatenate(expected_logps), atol=1e-6)
