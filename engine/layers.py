@@ -1,4 +1,5 @@
-"""LoRA layers and the head, with fewer casts and copies than peft and torch make.
+"""LoRA layers, norms and the head, with fewer casts, copies and kernels than peft, transformers and
+torch need.
 
 Infrastructure: skip it on a first reading.
 """
@@ -7,6 +8,9 @@ from functools import cache, partial
 
 import torch
 from peft.tuners import lora
+from torch.nn.functional import rms_norm
+
+NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 class FusedAdapter:
@@ -43,17 +47,28 @@ class Fused:
         return fused(self.base_layer, *cast(self, computed_in(self.base_layer)), x)
 
 
+class FusedNorm:
+    """RMSNorm by torch: on a GPU one kernel in the place of eight. In fp32 equal bit for bit."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):  # it would cast to fp32
+            return rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
 def fuse(model, dtype=torch.bfloat16):
-    """Let each LoRA layer that computes in bf16 be `Fused`: others have no such casts."""
+    """Let norms be `FusedNorm`, and each LoRA layer that computes in bf16 `Fused`: others have no
+    such casts."""
     for layer in model.modules():
         if isinstance(layer, lora.LoraLayer) and computed_in(layer.base_layer) == dtype:
-            layer.__class__ = fused_class(layer.__class__)
+            layer.__class__ = fused_class(Fused, layer.__class__)
+        elif type(layer).__name__ in NORMS:
+            layer.__class__ = fused_class(FusedNorm, layer.__class__)
 
 
 @cache
-def fused_class(kind):
-    """A `Fused` subclass of one of peft's layers."""
-    return type(f"Fused{kind.__name__}", (Fused, kind), {})
+def fused_class(fused, kind):
+    """A subclass of a class of peft or transformers with another `forward`."""
+    return type(f"Fused{kind.__name__}", (fused, kind), {})
 
 
 def computed_in(linear):

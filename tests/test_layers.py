@@ -1,6 +1,7 @@
 """LoRA layers and the head compute what peft and torch do.     pytest tests/test_layers.py"""
 
 import copy
+import importlib
 from unittest import mock
 
 import numpy as np
@@ -138,3 +139,42 @@ def test_a_shared_head_gets_more_queries(tmp_path, monkeypatch):
     assert ours == [[2, 4 * len(news)]] * 2
     assert actions == expected and copied == []
     np.testing.assert_allclose(np.concatenate(logps), np.concatenate(expected_logps), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", layers.NORMS)
+def test_a_norm_in_one_kernel_is_the_same(name):
+    """Bit for bit in fp32. In bf16 it rounds once: what it differs by is the other's roundings."""
+    kind = name.removesuffix("RMSNorm").lower()
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    torch.manual_seed(0)
+    for dtype, roundings in ((torch.float32, 0), (torch.bfloat16, 2)):
+        plain = getattr(module, name)(96, eps=1e-5).requires_grad_(False).to(dtype)
+        plain.weight.uniform_(0.5, 1.5)
+        fused = copy.deepcopy(plain)
+        layers.fuse(fused)
+        x = torch.randn(3, 7, 96, dtype=dtype, requires_grad=True)
+        found = []
+        for norm in (fused, plain):
+            y = norm(x)
+            of_y = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
+            found += [y, *torch.autograd.grad(y, x, of_y)]
+        y, gradient, expected, expected_gradient = found
+        assert isinstance(fused, layers.FusedNorm) and y.dtype == dtype
+        bound = roundings * 2**-8
+        assert ((y - expected).abs() <= bound * expected.abs()).all()
+        assert (gradient - expected_gradient).norm() <= bound * expected_gradient.norm()
+
+
+def test_no_norm_is_cast_to_fp32(checkpoint, monkeypatch):
+    """On a GPU autocast would, and what follows would be in fp32, too."""
+    policy = load(checkpoint, **AS_ON_A_GPU)
+    kernel = layers.rms_norm
+    calls = []
+
+    def record(x, *options):
+        calls.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return kernel(x, *options)
+
+    monkeypatch.setattr(layers, "rms_norm", record)
+    score(policy, [policy.header], [[7, 8]])
+    assert {*calls} == {(torch.bfloat16, False)} and len(calls) % 5 == 0
