@@ -26,11 +26,12 @@ def attend(module, query, key, value, mask, scaling=None, **kwargs):
     """The "sdpa" of transformers; the same where the queries are few.
 
     query [B, heads, n, d], key and value [B, shared heads, keys, d], mask [B, 1, n, keys] or None
-    -> ([B, n, heads, d], None). The mask is repeated, so it must have fewer rows than columns then.
+    -> ([B, n, heads, d], None). The mask is repeated, which must take less than the copies would.
     """
-    sharing = module.num_key_value_groups
-    n = query.shape[2]  # of one query transformers takes the same care
-    if mask is None or n == 1 or sharing * n > key.shape[2]:
+    _, heads, n, d = query.shape
+    sharing = heads // key.shape[1]
+    # With one query transformers does the same.
+    if mask is None or n == 1 or sharing * n >= min(key.shape[2], heads * d):
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     together = query.unflatten(1, (-1, sharing)).flatten(2, 3)  # [B, shared heads, sharing * n, d]
     mask = mask.repeat(1, 1, sharing, 1)

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.packing import groups, shared_length
 
 PREFILL_TOKENS = 8192  # padded tokens in one forward pass, unless a single prompt is longer
+ALIGNED = 16  # keys: else CUDA's attention copies the mask to pad it
 BLOCK = 256  # room for a dialogue, and the keys that a step looks at, are multiples of this
 
 
@@ -60,7 +61,7 @@ class DialogueCache:
             spans = [torch.arange(new[b][0], len(prompts[b])) for b in chosen]
             positions = pad_sequence(spans, batch_first=True, padding_value=-1)
             indexes = torch.tensor(chosen).to(model.device, non_blocking=True)
-            width = int(positions.max()) + 1
+            width = multiple(ALIGNED, int(positions.max()) + 1)
             hidden = self.forward(model, ids, positions, width, indexes, indexes)  # [b, n, d]
             for b, row_states in zip(chosen, hidden, strict=True):
                 states[b] = row_states[len(new[b][1]) - 1]
@@ -149,7 +150,12 @@ class DialogueCache:
 
 def key_width(tokens):
     """Positions for so many tokens, in blocks; there is always one more, for padding."""
-    return math.ceil((tokens + 1) / BLOCK) * BLOCK
+    return multiple(BLOCK, tokens + 1)
+
+
+def multiple(of, least):
+    """The smallest multiple that is at least so much."""
+    return math.ceil(least / of) * of
 
 
 def batch_size(dialogues):

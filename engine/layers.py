@@ -48,7 +48,7 @@ class Fused:
 
 
 class FusedNorm:
-    """RMSNorm by torch: on a GPU one kernel in the place of eight. In fp32 equal bit for bit."""
+    """RMSNorm by torch: on a GPU one kernel in the place of eight; on a CPU equal in fp32."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # it would cast to fp32

@@ -329,7 +329,7 @@ def check_attention(policy):
 def sampler_gap(policy):
     """(mean difference in nats, standard deviation of the logits) over a made-up dialogue."""
     rng = np.random.default_rng(0)
-    dialogue = policy.message("system", "Be brief.")
+    dialogue = policy.message("system", "Be brief. " * 60)  # long, so that `attend` repeats masks
     gaps = []
     for tips in ([], policy.message("user", "Tips: go on."), []):
         dialogue = dialogue + policy.message("user", "A room. You see a door.")

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import AS_ON_A_GPU, FP32, write_checkpoint
 from test_policy import gradients, load, played_episode, score, tolerances
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parameters_to_vector
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import empo2
 from engine import attention, layers
@@ -109,39 +111,51 @@ def test_on_a_gpu_no_head_is_copied(monkeypatch, dtype, calls):
     assert product.call_count == calls
 
 
-def test_a_shared_head_gets_more_queries(tmp_path, monkeypatch):
+@pytest.mark.parametrize("news, rows", [(15, 60), (16, None)], ids=["few queries", "more"])
+def test_a_shared_head_gets_more_queries(tmp_path, monkeypatch, news, rows):
     """What is sampled in dialogues that are held is the same, to rounding, as with copied keys.
 
-    Where the queries would outnumber the keys, as in a first prompt, the keys are copied.
+    Where the mask would be larger than the copies, heads * d = 64 a key, the keys are copied.
     """
     policy = load(write_checkpoint(tmp_path, num_attention_heads=8, num_key_value_heads=2))
     shapes = []
     kernel = torch.nn.functional.scaled_dot_product_attention
 
     def record(query, key, value, mask, **options):
-        shapes.append(list(query.shape[1:3]))
+        shapes.append((query.shape[2], key.shape[2] % 16))
         return kernel(query, key, value, mask, **options)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", record)
     prompts = [policy.message("user", "look " * n) + policy.header for n in (150, 130, 150)]
-    news = policy.message("user", "go " * 4) + policy.header
+    longer = [prompt + policy.encode("go" * news) for prompt in prompts]
     uniforms = np.random.default_rng(0).random((3, 2))
     found = []
-    for implementation in (attention.NAME, "sdpa"):
-        policy.model.get_base_model().set_attn_implementation(implementation)
+    for implementation in (None, "sdpa"):
+        if implementation:
+            policy.model.get_base_model().set_attn_implementation(implementation)
         policy.forget()
         policy.sample(prompts, uniforms[:, :1], 1.0, range(3))
         assert shapes == []
-        longer = [prompt + news for prompt in prompts]
-        found.append((policy.sample(longer, uniforms[:, :1], 1.0, range(3)), shapes[:]))
+        found.append((policy.sample(longer, uniforms, 1.0, range(3)), shapes[:]))
         shapes.clear()
     ((actions, logps), ours), ((expected, expected_logps), copied) = found
-    assert ours == [[2, 4 * len(news)]] * 2
-    assert actions == expected and copied == []
+    assert ours == ([(rows, 0)] * 2 if rows else []) and copied == []
+    assert actions == expected
     np.testing.assert_allclose(np.concatenate(logps), np.concatenate(expected_logps), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", layers.NORMS)
+def test_attention_has_the_models_scale():
+    query, key, value = (torch.randn(2, heads, n, 8) for heads, n in ((4, 2), (2, 9), (2, 9)))
+    mask = torch.ones(2, 1, 2, 9, dtype=torch.bool).tril(7)
+    module = SimpleNamespace(num_key_value_groups=2)
+    ours, expected = (
+        function(module, query, key, value, mask, scaling=0.5)[0]
+        for function in (attention.attend, attention.sdpa_attention_forward)
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"])
 def test_a_norm_in_one_kernel_is_the_same(name):
     """Bit for bit in fp32. In bf16 it rounds once: what it differs by is the other's roundings."""
     kind = name.removesuffix("RMSNorm").lower()
@@ -165,16 +179,15 @@ def test_a_norm_in_one_kernel_is_the_same(name):
         assert (gradient - expected_gradient).norm() <= bound * expected_gradient.norm()
 
 
-def test_no_norm_is_cast_to_fp32(checkpoint, monkeypatch):
-    """On a GPU autocast would, and what follows would be in fp32, too."""
-    policy = load(checkpoint, **AS_ON_A_GPU)
-    kernel = layers.rms_norm
-    calls = []
-
-    def record(x, *options):
-        calls.append((x.dtype, torch.is_autocast_enabled("cpu")))
-        return kernel(x, *options)
-
-    monkeypatch.setattr(layers, "rms_norm", record)
-    score(policy, [policy.header], [[7, 8]])
-    assert {*calls} == {(torch.bfloat16, False)} and len(calls) % 5 == 0
+@torch.no_grad()
+def test_no_norm_is_cast_to_fp32():
+    """On a GPU autocast would do so, and what follows would be in fp32, too."""
+    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
+        torch.set_autocast_enabled("cuda", True)  # refused without a GPU
+        norm = Qwen2RMSNorm(96)
+        norm.weight = torch.nn.Parameter(torch.ones(96, dtype=torch.bfloat16, device="cuda"))
+        layers.fuse(norm)
+        x = torch.ones(3, 96, dtype=torch.bfloat16, device="cuda")
+        assert norm(x).dtype == torch.bfloat16
+        plain = torch.nn.functional.rms_norm(x, (96,), norm.weight)
+        assert plain.dtype == torch.float32
