@@ -86,7 +86,9 @@ def in_a_cell(folder, label, column):
     file = "shuffled" if "shuffled" in label else f"rate-{rate}" if rate else "results"
     if last == "54":
         file = f"long-{preset}"
-    files = [file] + [other for other in ("older", "trap") if (folder / f"{other}.json").exists()]
+    files = [file]
+    if (folder / "older.json").exists():
+        files.insert(0 if last == "36" and file == "results" else 1, "older")
     known = [rows_of(folder / f"{name}.json").get(preset, {}) for name in files]
     row = next((row for row in known if row and (seed is None or seed in row)), {})
     if seed in row and "at the end" in label:
@@ -120,8 +122,8 @@ def in_the_text(folder):
                     for point in (cell, *cell["curve"]):
                         found += numbers(point).values()
             if {"grpo", "empo2"} <= rows.keys():  # by how much EMPO² is better
-                pairs = zip(rows["empo2"].values(), rows["grpo"].values(), strict=True)
-                gaps = [one["score"] - other["score"] for one, other in pairs]
+                seeds = [seed for seed in rows["empo2"] if seed in rows["grpo"]]
+                gaps = [rows["empo2"][n]["score"] - rows["grpo"][n]["score"] for n in seeds]
                 found += [*gaps, np.mean(gaps)]
     for path in folder.glob("check.txt"):
         found += [float(line.rsplit(": ", 1)[1]) for line in path.read_text().splitlines()[1:]]
@@ -170,7 +172,7 @@ def test_every_number_is_in_a_record(name):
 @pytest.mark.parametrize(
     "name, right, wrong",
     [
-        ("README.md", "| 100.0 | 83.0 |", "| 83.0 | 100.0 |"),
+        ("README.md", "| 80.1 | 83.0 |", "| 83.0 | 80.1 |"),
         ("results/stages/README.md", "11.4 (0.50) | −62.5", "11.4 (0.50) | 62.5"),
         ("README.md", "| 87.5 | 57.0 |", "| 75.0 | 57.0 |"),
         ("results/smollm2/README.md", "−8.6 (0, 0.31)", "8.6 (0, 0.31)"),
